@@ -1,0 +1,53 @@
+# Two commands do all: `make run` starts the daemon, `make test` runs the tests. Both set up what they need.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || ./tests/system-packages.sh python3-venv
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@ $(VENV)/.run
+
+run: $(VENV)/.run ## start the daemon (without a GPU: the demo, a replayed recording of a real H200)
+	@if [ -e /dev/nvidiactl ]; then exec $(BIN)/jouletrace run; \
+	else echo 'No NVIDIA GPU here: starting the demo, a recording of a real H200, replayed in a loop.'; \
+	exec $(BIN)/jouletrace run --demo; fi
+
+test: $(VENV)/.test ## install what the tests need and run them
+	@./tests/system-packages.sh gcc libc6-dev prometheus
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.test ## write the generated pages anew
+	$(BIN)/python docs/generate.py
+
+check-docs: $(VENV)/.test ## fail when a generated page is not current
+	$(BIN)/python docs/generate.py --check
+
+benchmark: $(VENV)/.test ## cost of the whole daemon on simulated H200s; prints the table of docs/performance.md
+	@./tests/system-packages.sh gcc libc6-dev
+	$(BIN)/python -m tests.benchmarks.daemon_cost
+
+wheel: $(BIN)/python ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean: ## remove what was made
+	rm -rf $(VENV) build dist *.egg-info exporter/*.egg-info
+
+.PHONY: help run test lint docs check-docs benchmark wheel clean

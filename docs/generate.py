@@ -1,0 +1,32 @@
+"""Writes the generated pages of docs/, or checks that they are current (`--check`)."""
+
+import sys
+from pathlib import Path
+
+from jouletrace.config import reference_markdown as configuration
+from jouletrace.metrics.names import reference_markdown as metrics
+
+DOCS = Path(__file__).parent
+PAGES = {"configuration.md": configuration, "metrics.md": metrics}
+
+
+def main() -> int:
+    """Return 1 when `--check` finds a page that differs from what would be written."""
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for name, page in PAGES.items():
+        file = DOCS / name
+        content = page()
+        if file.exists() and file.read_text() == content:
+            continue
+        if check:
+            stale.append(name)
+        else:
+            file.write_text(content)
+    for name in stale:
+        print(f"docs/{name} is not current: run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

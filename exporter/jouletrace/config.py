@@ -1,0 +1,954 @@
+"""The configuration tree, and everything that is generated from it.
+
+A key is a field of a `Section`: its annotation holds the form its values are written in, its bounds and its
+one-sentence description; its default is the field's. The YAML file, the flags, the environment variables,
+`--print-config` and the reference page all follow from the fields: a new key is added in one place.
+
+Precedence: defaults < file < environment < flags.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+VARIABLE_PREFIX = "JOULETRACE_"
+"""Every environment variable that starts so must be a key's, or be named by `IGNORED_VARIABLES`."""
+
+IGNORED_VARIABLES = frozenset({"JOULETRACE_NVML_SHIM"})
+"""Variables with our prefix that are not configuration: the switch of the tests' stand-in for the driver."""
+
+SERVICE_LINK = re.compile(
+    r"JOULETRACE_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+"""Variables that Kubernetes puts into every pod of a namespace with a Service called `jouletrace` or
+`jouletrace-*` (kubernetes.io, "Accessing the Service", `enableServiceLinks`); not configuration either."""
+
+FILE_LIMIT_BYTES = 1 << 20
+"""A larger file is not a configuration; without a limit, a wrong path could fill the memory."""
+
+FILE_DEPTH = 16
+"""Deepest nesting of a file that is looked at (the parser recurses without a limit); the tree is two deep."""
+
+SHOWN_CHARACTERS = 60
+"""An error shows at most this much of a wrong value."""
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the text is one line naming the key, the value, its origin and the mend."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class _RefusedError(Exception):
+    """A value is wrong: what is the matter (`problem`), what to write (`mend`), which part of it is meant."""
+
+    def __init__(self, problem: str, mend: str, part: object = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.mend = mend
+        self.part = part
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as `500ms`, `10s`, `1m30s` or `2h`; raises ValueError."""
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
+        raise ValueError(f"{text!r} is not a duration")
+    hours, minutes, seconds, milliseconds = (int(part or 0) for part in match.groups())
+    return (((hours * 60 + minutes) * 60 + seconds) * 1000 + milliseconds) / 1000
+
+
+def format_duration(seconds: float) -> str:
+    """Return `seconds`, rounded to the millisecond, as `parse_duration` reads it."""
+    rest = round(seconds * 1000)
+    parts = []
+    for unit, unit_ms in (("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        count, rest = divmod(rest, unit_ms)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts) or "0s"
+
+
+def split_address(address: str) -> tuple[str | None, int]:
+    """Return host and port of a listen address such as `:9841`, `localhost:9841` or `[::1]:9841`.
+
+    The host is `None` for all interfaces; port 0 is any free one. Raises ValueError for anything else.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError(f"{address!r} has no port")
+    if not host:
+        return None, int(port)
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        valid = _is_numeric_address(socket.AF_INET6, host.partition("%")[0])
+    elif re.fullmatch("[0-9.]+", host):
+        valid = _is_numeric_address(socket.AF_INET, host)
+    else:
+        valid = _HOST_NAME.fullmatch(host) is not None
+    if not valid:
+        raise ValueError(f"{address!r} has no valid host")
+    return host, int(port)
+
+
+def default_state_dir(environment: Mapping[str, str], user_id: int) -> str:
+    """Return where learnt levels are kept when nothing is configured.
+
+    That is what systemd made for the service (systemd.exec, StateDirectory=), for root /var/lib/jouletrace,
+    for others a directory under $XDG_STATE_HOME (XDG Base Directory 0.8; relative paths are void) or the home
+    directory. The result need not exist.
+    """
+    given = environment.get("STATE_DIRECTORY", "").partition(":")[0]
+    if given.startswith("/"):
+        return given
+    if user_id != 0:
+        for base, below in (("XDG_STATE_HOME", "jouletrace"), ("HOME", ".local/state/jouletrace")):
+            if environment.get(base, "").startswith("/"):
+                return str(Path(environment[base], below))
+    return "/var/lib/jouletrace"
+
+
+_DURATION = re.compile("(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?(?:([0-9]{1,9})ms)?")
+_HOST_NAME = re.compile("[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+
+
+def _is_numeric_address(family: socket.AddressFamily, text: str) -> bool:
+    try:
+        socket.inet_pton(family, text)
+    except OSError:
+        return False
+    return True
+
+
+# --- how values are written ---
+
+
+class Form:
+    """How the values of one kind are written, in YAML and as the text of a flag or a variable."""
+
+    metavar = "TEXT"
+
+    def from_text(self, text: str) -> object:
+        """Return what YAML would hold for the text of a flag or variable; what it cannot read stays text."""
+        return text
+
+    def read(self, raw: object) -> object:
+        """Return the value that YAML's `raw` stands for; raises `_RefusedError`."""
+        raise NotImplementedError
+
+    def write(self, value: Any) -> object:
+        """Return what YAML holds for `value`."""
+        return value
+
+    def allowed(self, meta: Meta) -> str:
+        """Return in words which values are allowed; goes behind "write"."""
+        raise NotImplementedError
+
+
+class _Duration(Form):
+    metavar = "DURATION"
+
+    def read(self, raw: object) -> object:
+        mend = "write a duration such as 500ms, 10s, 1m30s or 2h"
+        if isinstance(raw, str):
+            try:
+                return parse_duration(raw)
+            except ValueError:
+                raw = _Number().from_text(raw)
+        if isinstance(raw, int | float) and not isinstance(raw, bool):
+            if 0.001 <= raw < 1e9:
+                mend = f"write {format_duration(raw)}"
+            raise _RefusedError("has no unit", mend)
+        raise _RefusedError("is not a duration", mend)
+
+    def write(self, value: float) -> object:
+        return format_duration(value)
+
+    def allowed(self, meta: Meta) -> str:
+        assert meta.ge is not None
+        assert meta.le is not None
+        return f"a duration from {format_duration(meta.ge)} to {format_duration(meta.le)}"
+
+
+class _Number(Form):
+    metavar = "NUMBER"
+
+    def from_text(self, text: str) -> object:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    def read(self, raw: object) -> object:
+        if isinstance(raw, bool) or not isinstance(raw, int | float):
+            raise _RefusedError("is not a number", "write a number such as 1 or 0.5")
+        if isinstance(raw, float) and not math.isfinite(raw):
+            raise _RefusedError("is not a finite number", "write a number such as 1 or 0.5")
+        return raw
+
+    def write(self, value: float) -> object:
+        return int(value) if value.is_integer() else value
+
+    def allowed(self, meta: Meta) -> str:
+        return f"a number from {meta.ge:g} to {meta.le:g}"
+
+
+class _Switch(Form):
+    metavar = "true|false"
+
+    def from_text(self, text: str) -> object:
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+    def read(self, raw: object) -> object:
+        if not isinstance(raw, bool):
+            raise _RefusedError("is neither true nor false", "write true or false")
+        return raw
+
+    def allowed(self, meta: Meta) -> str:
+        return "true or false"
+
+
+class _Choice(Form):
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.choices = choices
+        self.metavar = "|".join(choices)
+
+    def read(self, raw: object) -> object:
+        if raw not in self.choices:
+            raise _RefusedError("is not one of the choices", f"write {_alternatives(self.choices)}")
+        return raw
+
+    def allowed(self, meta: Meta) -> str:
+        return _alternatives(self.choices)
+
+
+class _Text(Form):
+    """Printable text that a pattern describes."""
+
+    def __init__(self, metavar: str, pattern: str, words: str) -> None:
+        self.metavar = metavar
+        self._pattern = re.compile(pattern)
+        self._words = words
+
+    def read(self, raw: object) -> object:
+        if not isinstance(raw, str):
+            raise _RefusedError("is not text", f"write {self._words}")
+        if not raw.isprintable():
+            raise _RefusedError("holds characters that cannot be printed", f"write {self._words}")
+        if not self._pattern.fullmatch(raw):
+            raise _RefusedError("is not valid", f"write {self._words}")
+        return raw
+
+    def allowed(self, meta: Meta) -> str:
+        return self._words
+
+
+class _Address(Form):
+    metavar = "HOST:PORT"
+
+    def read(self, raw: object) -> object:
+        mend = "write host:port, [IPv6]:port or :port for all interfaces"
+        if not isinstance(raw, str):
+            raise _RefusedError("is not an address", mend)
+        try:
+            split_address(raw)
+        except ValueError:
+            raise _RefusedError("is not an address to listen on", mend) from None
+        return raw
+
+    def allowed(self, meta: Meta) -> str:
+        return "host:port, [IPv6]:port or :port"
+
+
+class _Device(Form):
+    metavar = "GPU"
+
+    def from_text(self, text: str) -> object:
+        return int(text) if re.fullmatch("[0-9]{1,4}", text) else text
+
+    def read(self, raw: object) -> object:
+        raw = self.from_text(raw) if isinstance(raw, str) else raw
+        if isinstance(raw, int) and not isinstance(raw, bool) and 0 <= raw < 10_000:
+            return raw
+        if isinstance(raw, str) and re.fullmatch("GPU-[0-9A-Za-z-]+", raw):
+            return raw
+        raise _RefusedError("is not a GPU", "write an index such as 0 or a UUID such as GPU-8932f937")
+
+    def allowed(self, meta: Meta) -> str:
+        return "GPU indices, UUIDs or unique beginnings of UUIDs"
+
+
+class _List(Form):
+    """A list; as text its items stand between commas."""
+
+    def __init__(self, item: Form) -> None:
+        self.item = item
+        self.metavar = item.metavar
+
+    def from_text(self, text: str) -> object:
+        return [self.item.from_text(part.strip()) for part in text.split(",")]
+
+    def read(self, raw: object) -> object:
+        if not isinstance(raw, list):
+            raise _RefusedError(
+                "is not a list", "write its items in brackets and with commas between, as in [a, b]"
+            )
+        values: dict[object, None] = {}
+        for item in raw:
+            try:
+                value = self.item.read(item)
+            except _RefusedError as error:
+                raise _RefusedError(error.problem, error.mend, _show(item)) from None
+            if value in values:
+                raise _RefusedError("stands there twice", "remove one", _show(item))
+            values[value] = None
+        return tuple(values)
+
+    def write(self, value: Sequence[object]) -> object:
+        return [self.item.write(item) for item in value]
+
+    def allowed(self, meta: Meta) -> str:
+        return f"a list of {self.item.allowed(meta)}"
+
+
+Duration = Annotated[float, _Duration()]
+"""Seconds in the tree, Prometheus style text outside; bounds are required."""
+Number = Annotated[float, _Number()]
+"""A finite number; bounds are required."""
+Switch = Annotated[bool, _Switch()]
+"""True or false; the flag has a `--no-` form."""
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "json", "console"]
+
+
+# --- the tree ---
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of the tree. The first line of a section's docstring heads its part of the reference."""
+
+
+class Log(Section, frozen=True):
+    """What the daemon writes to standard error."""
+
+    level: Annotated[LogLevel, Meta(description="The least severe messages that are written.")] = "info"
+    format: Annotated[
+        LogFormat,
+        Meta(description="JSON lines or text for people; `auto` is text on a terminal and JSON elsewhere."),
+    ] = "auto"
+
+
+class Web(Section, frozen=True):
+    """Where metrics, health and the live page are served."""
+
+    listen_address: Annotated[
+        tuple[str, ...],
+        _List(_Address()),
+        Meta(
+            min_length=1,
+            description="The addresses to listen on; `:port` means all interfaces, port 0 a free one.",
+        ),
+    ] = (":9841",)
+    telemetry_path: Annotated[
+        str,
+        # Under /-/ stand health and readiness, at / the landing page.
+        _Text(
+            "PATH",
+            r"(?!/-(/|$))(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+",
+            "a path such as /metrics, not under /-/",
+        ),
+        Meta(description="The path of the metrics."),
+    ] = "/metrics"
+
+
+class Sampling(Section, frozen=True):
+    """How often the GPUs are read. Longer intervals cost less; energy stays exact with the power ring."""
+
+    # The H200's ring holds 2.36 s (measured); a harvest every 2 s still has slack for one late round.
+    ring_interval: Annotated[
+        Duration,
+        Meta(ge=0.1, le=2.0, description="How often the power ring, which is 2.36 s deep, is harvested."),
+    ] = 1.0
+    # GPM percentages are wrong over less than 100 ms (measured on an H200).
+    activity_interval: Annotated[
+        Duration,
+        Meta(
+            ge=0.1, le=10.0, description="How often memory bandwidth, pipe and link activity (GPM) are read."
+        ),
+    ] = 0.5
+    state_interval: Annotated[
+        Duration,
+        Meta(
+            ge=0.1, le=60.0, description="How often clocks, temperatures, memory and throttle state are read."
+        ),
+    ] = 1.0
+    health_interval: Annotated[
+        Duration,
+        Meta(ge=1.0, le=600.0, description="How often processes, power limit and memory errors are read."),
+    ] = 10.0
+    # One read of the counter costs 2 to 25 ms (measured on an H200), hence not under a second.
+    counter_interval: Annotated[
+        Duration,
+        Meta(ge=1.0, le=60.0, description="How often the hardware energy counter is read to check the sum."),
+    ] = 10.0
+    power_polling_hertz: Annotated[
+        Number,
+        Meta(
+            ge=1,
+            le=1000,
+            description="Power readings per second on GPUs with neither power ring nor energy counter.",
+        ),
+    ] = 100.0
+    cpu_budget_ratio: Annotated[
+        Number,
+        Meta(
+            ge=0.005,
+            le=1,
+            description="The share of one CPU core that sampling may use before it slows itself down.",
+        ),
+    ] = 0.03
+
+
+class Readiness(Section, frozen=True):
+    """When `/-/ready` says no."""
+
+    stale_after: Annotated[
+        Duration,
+        Meta(ge=0.2, le=600.0, description="A GPU without a sample for this long is not ready."),
+    ] = 5.0
+
+
+class Driver(Section, frozen=True):
+    """What to do when the driver fails."""
+
+    give_up_after: Annotated[
+        Duration,
+        Meta(
+            ge=1.0,
+            le=86400.0,
+            description="When every GPU fails for this long, the process ends with exit code 4.",
+        ),
+    ] = 120.0
+
+
+class Replay(Section, frozen=True):
+    """How a recording is played; without effect unless `source` is one."""
+
+    speed: Annotated[
+        Number, Meta(ge=0.1, le=1000, description="How many times faster than it was recorded.")
+    ] = 1.0
+    loop: Annotated[Switch, Meta(description="Whether to start over at the end of the recording.")] = True
+
+
+class Config(Section, frozen=True):
+    """The whole configuration; `load` makes it."""
+
+    source: Annotated[
+        str,
+        _Text("SOURCE", "nvml|replay:.+", "nvml or replay:FILE"),
+        Meta(description="Where readings come from: the driver, or a recording that is played like a GPU."),
+    ] = "nvml"
+    state_dir: Annotated[
+        str,
+        _Text("DIRECTORY", "(/.*)?", "an absolute path"),
+        Meta(
+            description="Where learnt levels are kept; if empty, the first of `$STATE_DIRECTORY`, for root "
+            "`/var/lib/jouletrace`, `$XDG_STATE_HOME/jouletrace` and `~/.local/state/jouletrace`."
+        ),
+    ] = ""
+    devices: Annotated[
+        tuple[int | str, ...],
+        _List(_Device()),
+        Meta(description="The GPUs to watch; if empty, all of them."),
+    ] = ()
+    log: Log = Log()
+    web: Web = Web()
+    sampling: Sampling = Sampling()
+    readiness: Readiness = Readiness()
+    driver: Driver = Driver()
+    replay: Replay = Replay()
+
+    @property
+    def replay_file(self) -> Path | None:
+        """The recording to play; `None` when the driver is the source."""
+        kind, _, file = self.source.partition(":")
+        return Path(file) if kind == "replay" else None
+
+
+# --- its keys ---
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of the tree."""
+
+    name: str
+    """Dotted, as in `sampling.ring_interval`."""
+    form: Form
+    annotation: Any
+    meta: Meta
+    default: Any
+
+    @property
+    def flag(self) -> str:
+        """The key's flag."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """The key's environment variable."""
+        return VARIABLE_PREFIX + self.name.replace(".", "_").upper()
+
+    @property
+    def description(self) -> str:
+        """What the key means, one sentence."""
+        return self.meta.description or ""
+
+    def value_in(self, config: Config) -> Any:
+        """Return the key's value in `config`."""
+        value: Any = config
+        for part in self.name.split("."):
+            value = getattr(value, part)
+        return value
+
+
+def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, msgspec.structs.FieldInfo]]:
+    """Yield the dotted name and the field of every key and section below `section`."""
+    for field in msgspec.structs.fields(section):
+        yield prefix + field.name, field
+        if not _is_key(field):
+            yield from _walk(field.type, f"{prefix}{field.name}.")
+
+
+def _is_key(field: msgspec.structs.FieldInfo) -> bool:
+    return get_origin(field.type) is Annotated
+
+
+def _key(name: str, field: msgspec.structs.FieldInfo) -> Key:
+    kind, *notes = get_args(field.type)
+    form = next((note for note in notes if isinstance(note, Form)), None) or _Choice(get_args(kind))
+    meta = next(note for note in notes if isinstance(note, Meta))
+    return Key(name, form, field.type, meta, field.default)
+
+
+KEYS: Mapping[str, Key] = {name: _key(name, field) for name, field in _walk(Config, "") if _is_key(field)}
+"""Every key by its name, in the order of the tree."""
+
+_SECTIONS = {
+    name: (field.type.__doc__ or "").partition("\n")[0]
+    for name, field in _walk(Config, "")
+    if not _is_key(field)
+}
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """A value as somebody gave it: `shown` for people, `origin` in words."""
+
+    raw: object
+    shown: str
+    origin: str
+
+
+def load(
+    config_file: Path | None, environment: Mapping[str, str], flags: argparse.Namespace | None
+) -> Config:
+    """Return the configuration: defaults, then the file, the environment and the flags, each over the last.
+
+    `environment` is the process's; an empty variable counts as not set. `flags` is what a parser with
+    `add_flags` returned; its other attributes are left alone. Raises `ConfigError`; a wrong value is refused
+    even where a later layer overrides it.
+    """
+    settings: dict[str, _Setting] = {}
+    values: dict[str, object] = {}
+    for layer in (_file_settings(config_file), _variable_settings(environment), _flag_settings(flags)):
+        for name, setting in layer:
+            values[name] = _value(KEYS[name], setting)
+            settings[name] = setting
+    if not values.get("state_dir"):
+        values["state_dir"] = default_state_dir(environment, os.geteuid())
+    config = msgspec.convert(_nested(values), Config)
+    _check_combinations(config, settings)
+    return config
+
+
+def _value(key: Key, setting: _Setting) -> object:
+    """Return the key's checked value; raises `ConfigError`."""
+    allowed = key.form.allowed(key.meta)
+    try:
+        if setting.raw is None:
+            raise _RefusedError("has no value", f"write {allowed}, or remove the line")
+        value = key.form.read(setting.raw)
+        try:
+            return msgspec.convert(value, key.annotation)
+        except msgspec.ValidationError:
+            raise _RefusedError("is out of range", f"write {allowed}") from None
+    except _RefusedError as error:
+        shown = setting.shown if error.part is None else error.part
+        raise ConfigError(f"{setting.origin}: {key.name}: {shown} {error.problem}; {error.mend}") from None
+
+
+def _nested(values: Mapping[str, object]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[last] = value
+    return tree
+
+
+def _check_combinations(config: Config, settings: Mapping[str, _Setting]) -> None:
+    """Refuse values that are fine alone and impossible together; raises `ConfigError`."""
+
+    def refuse(name: str, other: str, problem: str, mend: str) -> NoReturn:
+        blamed = name if name in settings else other
+        held = (f"{each} {KEYS[each].form.write(KEYS[each].value_in(config))}" for each in (name, other))
+        raise ConfigError(
+            f"{settings[blamed].origin}: {' and '.join(held)} do not go together: {problem}; {mend}"
+        )
+
+    if config.readiness.stale_after <= config.sampling.ring_interval:
+        refuse(
+            "readiness.stale_after",
+            "sampling.ring_interval",
+            "every GPU would be stale between two samples",
+            f"set readiness.stale_after to more than {format_duration(config.sampling.ring_interval)}",
+        )
+    if config.driver.give_up_after < config.readiness.stale_after:
+        refuse(
+            "driver.give_up_after",
+            "readiness.stale_after",
+            "the process would end while it is still ready",
+            f"set driver.give_up_after to {format_duration(config.readiness.stale_after)} or more",
+        )
+    everywhere = {port for host, port in map(split_address, config.web.listen_address) if host is None}
+    for address in config.web.listen_address:
+        host, port = split_address(address)
+        if host is not None and port != 0 and port in everywhere:
+            name = "web.listen_address"
+            raise ConfigError(
+                f"{settings[name].origin}: {name}: {address} is already part of :{port}, "
+                "which is all interfaces; remove one of them"
+            )
+
+
+def _variable_settings(environment: Mapping[str, str]) -> Iterator[tuple[str, _Setting]]:
+    by_variable = {key.variable: key for key in KEYS.values()}
+    for variable, text in sorted(environment.items()):
+        if not variable.startswith(VARIABLE_PREFIX) or _is_foreign(variable, text):
+            continue
+        key = by_variable.get(variable)
+        if key is None:
+            # The value stays unsaid: what an unknown variable holds may be a secret.
+            near = _nearest(
+                variable.removeprefix(VARIABLE_PREFIX),
+                [key.variable.removeprefix(VARIABLE_PREFIX) for key in KEYS.values()],
+            )
+            mend = f"did you mean {VARIABLE_PREFIX}{near}?" if near else "remove it from the environment"
+            raise ConfigError(f"environment variable {_clip(variable)}: is not a known key; {mend}")
+        if text:
+            yield (
+                key.name,
+                _Setting(key.form.from_text(text), _show(text), f"environment variable {variable}"),
+            )
+
+
+def _is_foreign(variable: str, text: str) -> bool:
+    """Return whether a variable with our prefix is somebody else's."""
+    if variable in IGNORED_VARIABLES or SERVICE_LINK.fullmatch(variable):
+        return True
+    # `..._PORT` could also be a wrong guess at a key, but Kubernetes' holds a URL such as tcp://10.0.0.7:9841.
+    return variable.endswith("_PORT") and "://" in text
+
+
+def _flag_settings(flags: argparse.Namespace | None) -> Iterator[tuple[str, _Setting]]:
+    for name, given in vars(flags).items() if flags is not None else ():
+        key = KEYS.get(name)
+        if key is None:
+            continue
+        raw: Any
+        if isinstance(given, list):
+            texts = ",".join(given)
+            raw, shown = key.form.from_text(texts), _show(texts)
+        elif isinstance(given, str):
+            raw, shown = key.form.from_text(given), _show(given)
+        else:
+            raw, shown = given, _show(given)
+        yield name, _Setting(raw, shown, f"flag {key.flag}")
+
+
+def _file_settings(path: Path | None) -> Iterator[tuple[str, _Setting]]:
+    if path is None:
+        return
+    file = _printable(str(path))
+    text = _file_text(path)
+    # PyYAML takes 20 ms to import; runs without a file do not need it.
+    import yaml  # noqa: PLC0415
+
+    try:
+        _refuse_unreadable_structure(file, text)
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        try:
+            root = loader.get_single_node()
+            if root is not None and not _is_null(root):
+                yield from _section_settings(file, loader, root, "")
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = _line(mark) if mark is not None else ""
+        parts = (getattr(error, name, None) for name in ("context", "problem", "reason"))
+        problem = ", ".join(_printable(str(part)) for part in parts if part)
+        raise ConfigError(
+            f"{file}{line}: the file is not valid YAML ({problem}); mend this line or the one before it"
+        ) from None
+
+
+def _file_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(FILE_LIMIT_BYTES + 1)
+    except FileNotFoundError:
+        problem = "does not exist; create it or point --config.file elsewhere"
+    except IsADirectoryError:
+        problem = "is a directory; point --config.file at a file in it"
+    except PermissionError:
+        problem = "may not be read by this user; change its owner or mode"
+    except (OSError, ValueError) as error:
+        problem = (
+            f"cannot be read ({getattr(error, 'strerror', error)}); point --config.file at a readable file"
+        )
+    else:
+        if len(content) > FILE_LIMIT_BYTES:
+            problem = "is larger than 1 MiB; point --config.file at a configuration file"
+        else:
+            try:
+                return content.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                line = content.count(b"\n", 0, error.start) + 1
+                problem = f"is not UTF-8 text (line {line}); save it as UTF-8"
+    raise ConfigError(f"configuration file {_printable(str(path))} {problem}")
+
+
+def _refuse_unreadable_structure(file: str, text: str) -> None:
+    """Refuse what makes a small file large or the parser recurse; raises `ConfigError`, `yaml.YAMLError`."""
+    import yaml  # noqa: PLC0415
+
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        place = f"{file}{_line(event.start_mark)}"
+        if getattr(event, "anchor", None) is not None:
+            raise ConfigError(f"{place}: anchors and aliases (& and *) are not allowed; write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > FILE_DEPTH:
+            raise ConfigError(f"{place}: the file is nested too deeply; write sections with keys below them")
+
+
+def _line(mark: Any) -> str:
+    return f":{mark.line + 1}"
+
+
+def _section_settings(file: str, loader: Any, node: Any, prefix: str) -> Iterator[tuple[str, _Setting]]:
+    """Yield the settings below a node of the file; raises `ConfigError`."""
+    section = prefix.rstrip(".")
+    place = file + _line(node.start_mark)
+    if node.id != "mapping":
+        kind = "a list" if node.id == "sequence" else "a plain value"
+        if not section:
+            raise ConfigError(f"{place}: the file holds {kind}; write keys such as source: nvml")
+        below = ", ".join(_keys_below(prefix))
+        raise ConfigError(f"{place}: {section}: is a section, not {kind}; write below it, indented, {below}")
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        word = key_node.value
+        place = file + _line(key_node.start_mark)
+        if not isinstance(word, str):
+            raise ConfigError(f"{place}: {section or 'the file'}: a key must be a word; remove the brackets")
+        name = prefix + word
+        if word in seen:
+            raise ConfigError(
+                f"{place}: {_clip(name)}: is already set in line {seen[word]}; remove one of the two"
+            )
+        seen[word] = key_node.start_mark.line + 1
+        if name in _SECTIONS:
+            if not _is_null(value_node):
+                yield from _section_settings(file, loader, value_node, name + ".")
+        elif name in KEYS and "." not in word:
+            yield name, _node_setting(loader, value_node, name, place)
+        else:
+            raise ConfigError(f"{place}: {_clip(name)}: is not a known key; {_mend_of_unknown(word, prefix)}")
+
+
+def _is_null(node: Any) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def _node_setting(loader: Any, node: Any, name: str, origin: str) -> _Setting:
+    try:
+        raw = loader.construct_object(node, deep=True)
+    except (ValueError, OverflowError, AttributeError, TypeError, LookupError):
+        # PyYAML's constructors fail with these on values such as 0x_ or 2024-99-99.
+        allowed = KEYS[name].form.allowed(KEYS[name].meta)
+        raise ConfigError(f"{origin}: {name}: {_show(node.value)} cannot be read; write {allowed}") from None
+    # A number is shown as it stands in the file, so 010 is not shown as 8.
+    is_plain = raw is not None and not isinstance(raw, str) and node.id == "scalar"
+    return _Setting(raw, _clip(node.value) if is_plain else _show(raw), origin)
+
+
+def _mend_of_unknown(word: str, prefix: str) -> str:
+    wanted = (prefix + word).replace("-", "_").lower()
+    section, _, last = wanted.rpartition(".")
+    if wanted in KEYS and "." in word:
+        return f'write "{section}:" and, indented below it, "{last}:"'
+    if wanted in KEYS or wanted in _SECTIONS:
+        return f"did you mean {wanted}?"
+    elsewhere = [name for name in KEYS if name.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    here = _keys_below(prefix)
+    near = _nearest(word, here)
+    meant = prefix + near if near else _nearest(wanted, list(KEYS))
+    return f"did you mean {meant}?" if meant else f"known here: {', '.join(here)}"
+
+
+def _keys_below(prefix: str) -> list[str]:
+    """Return the names that may stand in a section."""
+    return list(dict.fromkeys(name[len(prefix) :].split(".")[0] for name in KEYS if name.startswith(prefix)))
+
+
+def _nearest(wrong: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(wrong[:SHOWN_CHARACTERS], known, n=1)), None)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _clip(text: str) -> str:
+    """Return text that somebody else wrote, short and on one line."""
+    return _printable(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
+
+
+def _show(value: object) -> str:
+    """Return a wrong value for people."""
+    match value:
+        case None:
+            return "the key"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f'"{_clip(value)}"'
+        case list():
+            return "the list" if value else "the empty list"
+        case int() if abs(value) > sys.maxsize:
+            return "the number"  # Python refuses to print integers of more than 4300 digits.
+        case int() | float():
+            return str(value)
+        case _:
+            return f"the {type(value).__name__}"
+
+
+def _alternatives(choices: Sequence[str]) -> str:
+    return ", ".join(choices[:-1]) + " or " + choices[-1]
+
+
+# --- writing ---
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every key to `parser`; `load` reads and checks them. Absent flags leave no trace."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for key in KEYS.values():
+        section = key.name.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(
+                f"configuration: {section}" if section else "configuration"
+            )
+        default = _default_text(key)
+        text = f"{key.description} (default: {default})".replace("`", "").replace("%", "%%")
+        options: dict[str, Any]
+        if isinstance(key.form, _Switch):
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options = {"metavar": key.form.metavar}
+            if isinstance(key.form, _List):
+                options["action"] = "append"
+                text += " Repeatable."
+        groups[section].add_argument(key.flag, dest=key.name, default=argparse.SUPPRESS, help=text, **options)
+
+
+def to_yaml(config: Config) -> str:
+    """Return `config` as the YAML file that `load` reads back to an equal one."""
+    import yaml  # noqa: PLC0415
+
+    tree = _nested({key.name: key.form.write(key.value_in(config)) for key in KEYS.values()})
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1_000_000))
+
+
+def _default_text(key: Key) -> str:
+    written = key.form.write(key.default)
+    if isinstance(written, bool):
+        return "true" if written else "false"
+    if isinstance(written, list):
+        return ", ".join(map(str, written)) or "empty"
+    return str(written) or "empty"
+
+
+def reference_markdown() -> str:
+    """Return docs/configuration.md: what every key means, and its default, bounds, flag and variable."""
+    defaults = to_yaml(Config()).rstrip()
+    lines = [
+        "<!-- Generated from exporter/jouletrace/config.py. Do not edit: run `make docs`. -->",
+        "# Configuration",
+        "",
+        "Everything has a default. A YAML file (`--config.file`), environment variables and flags change it, "
+        "each over the one before: defaults < file < environment < flags. `--print-config` shows the result "
+        "as a file.",
+        "",
+        "- Durations are written as `500ms`, `10s`, `1m30s` or `2h`; a number without a unit is refused.",
+        "- Flags and variables follow from the key: `log.level` is `--log.level` and `JOULETRACE_LOG_LEVEL`.",
+        "- Lists are YAML lists in the file, values between commas in a variable, and a repeated flag.",
+        "- A key that is true or false has two flags: `--replay.loop` and `--no-replay.loop`.",
+        "- An empty variable counts as not set. Variables that Kubernetes makes for a Service named "
+        "`jouletrace` are ignored.",
+        "- Anything else that is unknown, set twice or impossible is refused, with exit code 2 and one line "
+        "that names it. Anchors and aliases are refused, and so is a file of more than 1 MiB.",
+        "",
+        "The defaults as a file:",
+        "",
+        "```yaml",
+        defaults,
+        "```",
+    ]
+    section = None
+    for key in KEYS.values():
+        parent = key.name.rpartition(".")[0]
+        if parent != section:
+            section = parent
+            lines += ["", f"## {section}" if section else "## Top level", ""]
+            lines += [_SECTIONS[section], ""] if section else []
+            lines += ["| Key, flag, variable | Default | Values | Meaning |", "|---|---|---|---|"]
+        names = "<br>".join(f"`{name}`" for name in (key.name, key.flag, key.variable))
+        default, allowed = _default_text(key), key.form.allowed(key.meta)
+        lines.append(f"| {names} | {default} | {allowed} | {key.description} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,192 @@
+"""The daemon: the one place that knows all parts. It wires them and runs them as one group."""
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import structlog
+
+from jouletrace.config import Config
+from jouletrace.gpu.readings import Device, DriverMismatchError, GpuError, NoDriverError, Source
+from jouletrace.gpu.sampler import DriverLostError, Intervals, Sampler
+from jouletrace.metrics.exporter import node_registry
+from jouletrace.state import StateDirectory
+from jouletrace.web.application import application
+from jouletrace.web.health import Readiness, readiness
+from jouletrace.web.serve import WebServer
+
+SAVE_SECONDS = 60.0
+EXIT_FINE, EXIT_USAGE, EXIT_NO_GPU, EXIT_DRIVER_LOST = 0, 2, 3, 4
+REPLAY_PREFIX = "replay:"
+
+_log = structlog.get_logger(__name__)
+
+
+class DeviceChoiceError(Exception):
+    """`devices` of the configuration names a GPU that is not there; the message says which there are."""
+
+
+def demo_recording() -> Path:
+    """Return the recording of a real H200 that comes with the package."""
+    return Path(str(resources.files("jouletrace") / "demo" / "recording.json.gz"))
+
+
+def make_source(config: Config) -> Source:
+    """Return the source that the configuration names; raises RecordingError when a recording is unusable."""
+    recording = config.replay_file
+    if recording is not None:
+        from jouletrace.gpu.replay import ReplaySource  # noqa: PLC0415  (a GPU node never replays)
+
+        return ReplaySource(recording, speed=config.replay.speed, loop=config.replay.loop)
+    from jouletrace.gpu.nvml import NvmlSource  # noqa: PLC0415  (a replay needs no NVML binding)
+
+    return NvmlSource()
+
+
+def chooser(wanted: Sequence[int | str]) -> Callable[[Sequence[Device]], Sequence[Device]]:
+    """Return a function that picks the wanted devices by index, UUID or unique beginning of one; all for none.
+
+    The function raises DeviceChoiceError when one is not there or not unique.
+    """
+
+    def choose(devices: Sequence[Device]) -> Sequence[Device]:
+        if not wanted:
+            return devices
+        chosen: dict[str, Device] = {}
+        for name in wanted:
+            found = [
+                d
+                for d in devices
+                if (d.info.gpu == name if isinstance(name, int) else d.info.uuid.startswith(name))
+            ]
+            if len(found) != 1:
+                there = ", ".join(f"{d.info.gpu} ({d.info.uuid})" for d in devices)
+                raise DeviceChoiceError(
+                    f"devices: {name} names {len(found) or 'no'} GPU{'s' if len(found) > 1 else ''} of this"
+                    f" machine; it has {there}"
+                )
+            chosen[found[0].info.uuid] = found[0]
+        return list(chosen.values())
+
+    return choose
+
+
+def intervals(config: Config) -> Intervals:
+    """Return the sampler's intervals."""
+    sampling = config.sampling
+    return Intervals(
+        ring=sampling.ring_interval,
+        activity=sampling.activity_interval,
+        state=sampling.state_interval,
+        health=sampling.health_interval,
+        counter=sampling.counter_interval,
+        polling=1.0 / sampling.power_polling_hertz,
+    )
+
+
+def exit_code(failure: BaseException) -> int:
+    """Return the exit code that a failure of the sampler means."""
+    match failure:
+        case DriverLostError() | DriverMismatchError():
+            return EXIT_DRIVER_LOST
+        case NoDriverError() | GpuError():
+            return EXIT_NO_GPU
+        case DeviceChoiceError():
+            return EXIT_USAGE
+        case _:
+            return 1
+
+
+class Daemon:
+    """Builds the services from a configuration and runs them until a signal or until one of them dies."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._state = StateDirectory(Path(config.state_dir))
+        self._source = make_source(config)
+        self._ended: asyncio.Future[BaseException | None] | None = None
+        self.sampler: Sampler
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; return the exit code. Raises ListenError before anything is read."""
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        config = self._config
+
+        def end_from_thread(failure: BaseException) -> None:
+            loop.call_soon_threadsafe(self._end, failure)
+
+        self.sampler = Sampler(
+            self._source,
+            intervals(config),
+            choose=chooser(config.devices),
+            levels=self._state.load_idle_levels(),
+            cpu_budget_ratio=config.sampling.cpu_budget_ratio,
+            give_up_after_seconds=config.driver.give_up_after,
+            on_end=end_from_thread,
+        )
+        server = WebServer(
+            application(
+                snapshot=lambda: self.sampler.snapshot,
+                registry=node_registry(
+                    lambda: self.sampler.snapshot,
+                    now_ns=self._source.clock.now_ns,
+                    heartbeat_age_seconds=lambda: self.sampler.heartbeat_age_seconds,
+                    stale_after_seconds=config.readiness.stale_after,
+                ),
+                readiness=self.readiness,
+                telemetry_path=config.web.telemetry_path,
+            )
+        )
+        await server.start(config.web.listen_address)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, partial(self._end, None))
+        self.sampler.start()
+        for url in server.urls:
+            _log.info(
+                "serving",
+                url=f"{url}/",
+                metrics=f"{url}{config.web.telemetry_path}",
+                source=self._source.name,
+            )
+        saving = asyncio.create_task(self._save_regularly())
+        failure = await self._ended
+        saving.cancel()
+        if failure is None:
+            _log.info("stopping")
+        else:
+            self._explain(failure)
+        await server.stop()
+        stopped = await asyncio.to_thread(self.sampler.stop)
+        if not stopped:
+            _log.warning("leaving a driver call behind that does not return", call=self.sampler.overdue_call)
+        self._state.save_idle_levels(self.sampler.learnt_levels())
+        return EXIT_FINE if failure is None else exit_code(failure)
+
+    def readiness(self) -> Readiness:
+        """Return whether every expected device has a fresh sample."""
+        return readiness(
+            self.sampler.snapshot,
+            self._source.clock.now_ns(),
+            self._config.readiness.stale_after,
+            self.sampler.heartbeat_age_seconds,
+        )
+
+    def _end(self, failure: BaseException | None) -> None:
+        assert self._ended is not None
+        if not self._ended.done():
+            self._ended.set_result(failure)
+
+    def _explain(self, failure: BaseException) -> None:
+        if exit_code(failure) == 1:
+            _log.critical("the sampler died of a fault in jouletrace; please report this", exc_info=failure)
+        else:
+            _log.critical(f"cannot go on: {failure}")
+
+    async def _save_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            await asyncio.to_thread(self._state.save_idle_levels, self.sampler.learnt_levels())

@@ -1,0 +1,1 @@
+"""Power to joules. Pure: no clock, no thread, no driver; time comes in as epoch nanoseconds."""

@@ -1,0 +1,115 @@
+"""What a device draws while it does nothing: bare (no process holds a context) and parked (one does).
+
+Learnt live as the median of quiet windows, kept across restarts by UUID. Never the minimum ever seen: a single
+low reading, or a start under load, would stay wrong for ever.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from statistics import median
+
+import msgspec
+
+SETTLE_WINDOWS = 3
+"""Quiet windows skipped after work: clocks fall and leakage cools for 2-3 s after load (H200 recording)."""
+ENOUGH_WINDOWS = 5
+"""A level is published once this many windows of one kind were seen."""
+KEPT_WINDOWS = 120
+QUIET_ACTIVITY = 0.01
+"""Busy and bandwidth ratios up to this are housekeeping (idle H200 phases read at most 0.1 %)."""
+BARE_MEMORY_PART = 0.015
+"""Where the driver does not list processes: more memory in use than this part means that somebody holds a
+context. A bare H200 holds 0.43 % (615 of 143,771 MiB)."""
+FORMAT = 1
+
+
+class IdleKind(StrEnum):
+    """The two ways of doing nothing."""
+
+    BARE = "bare"
+    PARKED = "parked"
+
+
+class IdleLevel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A learnt level."""
+
+    watts: float
+    windows: int
+    """How many quiet windows it was learnt from, at most `KEPT_WINDOWS`."""
+    learnt_ns: int
+
+
+class LearntLevels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The state file: levels by device UUID and kind."""
+
+    format: int = FORMAT
+    devices: dict[str, dict[IdleKind, IdleLevel]] = {}
+
+
+@dataclass(slots=True)
+class Baseline:
+    """Learns one device's idle levels."""
+
+    levels: dict[IdleKind, IdleLevel] = field(default_factory=dict)
+    _windows: dict[IdleKind, deque[float]] = field(default_factory=dict)
+    _quiet: int = 0
+
+    def observe(
+        self,
+        t_ns: int,
+        watts: float,
+        *,
+        context: bool | None,
+        busiest_ratio: float | None,
+        requests: bool = False,
+    ) -> IdleKind | None:
+        """Take in a window's mean power; return which idle it was, or None when it was not idle or not known.
+
+        `context`: whether any process holds the device; `busiest_ratio`: the highest activity ratio of the
+        window (None: not known, so nothing is learnt); `requests`: whether any request was in flight.
+        """
+        if context is None or busiest_ratio is None or busiest_ratio > QUIET_ACTIVITY or requests:
+            self._quiet = 0
+            return None
+        kind = IdleKind.PARKED if context else IdleKind.BARE
+        self._quiet += 1
+        if self._quiet <= SETTLE_WINDOWS:
+            return kind
+        windows = self._windows.setdefault(kind, deque(maxlen=KEPT_WINDOWS))
+        windows.append(watts)
+        known = self.levels.get(kind)
+        if len(windows) >= ENOUGH_WINDOWS and (
+            known is None or len(windows) >= min(known.windows, KEPT_WINDOWS // 4)
+        ):
+            self.levels[kind] = IdleLevel(median(windows), len(windows), t_ns)
+        return kind
+
+
+def holds_context(
+    processes: int | None, memory_used_bytes: int | None, memory_total_bytes: int | None
+) -> bool | None:
+    """Return whether a process holds the device, from the process list or else from memory in use."""
+    if processes is not None:
+        return processes > 0
+    if memory_used_bytes is None or not memory_total_bytes:
+        return None
+    return memory_used_bytes > BARE_MEMORY_PART * memory_total_bytes
+
+
+def encode(levels: Mapping[str, Mapping[IdleKind, IdleLevel]]) -> bytes:
+    """Return the state file's content."""
+    state = LearntLevels(devices={uuid: dict(kinds) for uuid, kinds in levels.items()})
+    return msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n"
+
+
+def decode(content: bytes) -> dict[str, dict[IdleKind, IdleLevel]]:
+    """Return the levels of a state file; raises ValueError with a reason when it cannot be used."""
+    try:
+        state = msgspec.json.decode(content, type=LearntLevels)
+    except msgspec.DecodeError as failure:
+        raise ValueError(str(failure)) from None
+    if state.format != FORMAT:
+        raise ValueError(f"format {state.format} is not known to this version (it knows {FORMAT})")
+    return {uuid: dict(kinds) for uuid, kinds in state.devices.items()}

@@ -1,0 +1,1 @@
+"""Readings: what a GPU says, from NVML or from a recording, behind one Protocol."""

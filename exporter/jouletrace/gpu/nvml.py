@@ -1,0 +1,711 @@
+"""Readings from the NVIDIA driver, through the `pynvml` module of nvidia-ml-py.
+
+The hot calls go to the library's functions directly, bound once, with buffers that are made once: pynvml's own
+wrappers cost 2-12 us and an allocation each (measured, docs/performance.md). Everything that is not hot uses the
+wrappers. Field, metric and event numbers are literals from nvml.h, so older bindings work too.
+"""
+
+import ctypes
+import math
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pynvml
+
+from jouletrace.clock import Clock, SystemClock
+from jouletrace.gpu.readings import (
+    ActivityReading,
+    CallStatistics,
+    CounterReading,
+    Device,
+    DeviceInfo,
+    DeviceLostError,
+    DriverGoneError,
+    DriverMismatchError,
+    GpuError,
+    HealthReading,
+    Link,
+    NoDriverError,
+    Pipe,
+    PowerReading,
+    PowerSamples,
+    ProcessReading,
+    StateReading,
+    ThrottleReason,
+    UnsupportedError,
+    XidEvent,
+)
+
+SUCCESS, NOT_FOUND, INSUFFICIENT_SIZE = 0, 6, 7
+_UNSUPPORTED = frozenset({3, 4, 13, 25, 26})
+_LOST = frozenset({15, 16, 28})
+_GONE = frozenset({1, 9, 17})
+_MISMATCH = 18
+
+CODE_NAMES = {
+    1: "UNINITIALIZED", 2: "INVALID_ARGUMENT", 3: "NOT_SUPPORTED", 4: "NO_PERMISSION", 6: "NOT_FOUND",
+    7: "INSUFFICIENT_SIZE", 9: "DRIVER_NOT_LOADED", 10: "TIMEOUT", 11: "IRQ_ISSUE", 12: "LIBRARY_NOT_FOUND",
+    13: "FUNCTION_NOT_FOUND", 15: "GPU_IS_LOST", 16: "RESET_REQUIRED", 17: "OPERATING_SYSTEM",
+    18: "LIB_RM_VERSION_MISMATCH", 19: "IN_USE", 20: "MEMORY", 21: "NO_DATA", 25: "ARGUMENT_VERSION_MISMATCH",
+    26: "DEPRECATED", 27: "NOT_READY", 28: "GPU_NOT_FOUND", 999: "UNKNOWN",
+}  # fmt: skip
+"""nvmlReturn_t of nvml.h; kept here because pynvml asks the library, which may be the thing that is broken."""
+
+FI_ECC_SBE_VOLATILE, FI_ECC_DBE_VOLATILE = 3, 4
+FI_THROTTLE = {
+    74: ThrottleReason.SW_POWER_CAP,
+    76: ThrottleReason.SYNC_BOOST,
+    77: ThrottleReason.BOARD_LIMIT,
+    79: ThrottleReason.RELIABILITY,
+    75: ThrottleReason.THERMAL,
+    269: ThrottleReason.SW_THERMAL,
+    270: ThrottleReason.HW_THERMAL,
+    271: ThrottleReason.HW_POWER_BRAKE,
+}
+"""Fields of cumulative nanoseconds. 75 is the older sum of 269 and 270 and is dropped where those exist."""
+FI_MEMORY_TEMPERATURE = 82
+FI_POWER_AVERAGE, FI_POWER_INSTANT = 185, 186
+SCOPE_GPU, SCOPE_MEMORY = 0, 2
+SAMPLES_TOTAL_POWER = 0
+CLOCKS = {"sm": 1, "memory": 2}
+EVENT_XID_CRITICAL = 0x8
+GPM_VERSION = 1
+GPM_BUSY = {
+    1: Pipe.GRAPHICS,
+    2: Pipe.SM,
+    3: Pipe.SM_OCCUPANCY,
+    4: Pipe.INTEGER,
+    5: Pipe.TENSOR,
+    11: Pipe.FP64,
+    12: Pipe.FP32,
+    13: Pipe.FP16,
+}
+GPM_DRAM = 10
+GPM_LINK = {
+    20: Link.PCIE_TRANSMIT,
+    21: Link.PCIE_RECEIVE,
+    60: Link.NVLINK_RECEIVE,
+    61: Link.NVLINK_TRANSMIT,
+}
+GPM_IDS = (*GPM_BUSY, GPM_DRAM, *GPM_LINK)
+GPM_MINIMUM_NS = 100_000_000
+"""Below 100 ms between samples the percentages are wrong (nvml.h; a steady 100 % read 54 % at 50 ms on an H200)."""
+GPM_PATIENCE_NS = 2_000_000_000
+"""A value that came back as NaN is waited for this long by keeping the older sample of the pair."""
+GPM_MOST_PERCENT = 105.0
+MIB = 1 << 20
+GIVE_UP_AFTER = 5
+"""NOT_SUPPORTED this often in a row: the device will not have it before the next start."""
+FUTURE_NS = 1_000_000_000
+"""Ring stamps this far in the future were made before the wall clock was set back."""
+INSTANT_BY_POWER_USAGE = frozenset({"kepler", "maxwell", "pascal", "volta", "turing", "ga100"})
+"""Where nvmlDeviceGetPowerUsage is not the 1 s average (nvml.h)."""
+ARCHITECTURES = {
+    2: "kepler", 3: "maxwell", 4: "pascal", 5: "volta", 6: "turing", 7: "ampere", 8: "ada", 9: "hopper",
+    10: "blackwell", 11: "t23x",
+}  # fmt: skip
+GA100_NAMES = ("A100", "A30", "A800", "PG506")
+
+_FIELD = struct.Struct("<IIqqIi8s")
+_VALUE = {0: "<d", 1: "<I", 2: "<Q", 3: "<Q", 4: "<q", 5: "<i", 6: "<H"}
+_RING_ROW = np.dtype([("stamp_us", "<u8"), ("value", "<u8")])
+_ZERO_SIZE = ctypes.c_uint(0)
+
+
+def error(call: str, code: int) -> GpuError:
+    """Return the exception for a call's return code."""
+    name = CODE_NAMES.get(code, str(code))
+    kind: type[GpuError] = GpuError
+    if code in _UNSUPPORTED:
+        kind = UnsupportedError
+    elif code in _LOST:
+        kind = DeviceLostError
+    elif code in _GONE:
+        kind = DriverGoneError
+    elif code == _MISMATCH:
+        kind = DriverMismatchError
+    return kind(call, code, name)
+
+
+class _Fields:
+    """A fixed batch of field values: one driver call, one buffer."""
+
+    def __init__(self, ids: Sequence[tuple[int, int]]) -> None:
+        self.ids = ids
+        self._values = (pynvml.c_nvmlFieldValue_t * len(ids))()
+        for value, (field_id, scope_id) in zip(self._values, ids, strict=True):
+            value.fieldId, value.scopeId = field_id, scope_id
+        self.argument = ctypes.byref(self._values)
+        self.count = len(ids)
+        self._bytes = memoryview(self._values).cast("B")
+
+    def values(self) -> list[float | None]:
+        """Return the values of the last call in the order of `ids`; None where the driver gave none."""
+        found: list[float | None] = []
+        for _, _, _, _, kind, code, raw in _FIELD.iter_unpack(self._bytes):
+            layout = _VALUE.get(kind)
+            if code != SUCCESS or layout is None:
+                found.append(None)
+            else:
+                found.append(struct.unpack_from(layout, raw)[0])
+        return found
+
+
+class NvmlSource:
+    """The driver's devices. Opened, read and closed by one thread; `events` by another."""
+
+    name = "nvml"
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock: Clock = clock or SystemClock()
+        self.calls = CallStatistics()
+        self._open = False
+        self._event_set: Any = None
+        self._uuid_of_handle: dict[int, str] = {}
+
+    def open(self) -> Sequence[Device]:
+        """Initialize NVML and return the devices.
+
+        Raises NoDriverError with a sentence that says what to do, or DriverMismatchError.
+        """
+        if not hasattr(pynvml, "_nvmlGetFunctionPointer"):
+            raise NoDriverError(
+                "the installed `pynvml` module is not NVIDIA's: run `pip uninstall pynvml` and `pip install nvidia-ml-py`"
+            )
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as failure:
+            raise self._init_problem(failure.value) from None
+        self._open = True
+        try:
+            count = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError as failure:
+            raise error("nvmlDeviceGetCount", failure.value) from None
+        if count == 0:
+            raise NoDriverError(
+                "the NVIDIA driver is there but shows no GPU: check `nvidia-smi -L`, and in a container that devices"
+                " are passed in (NVIDIA_VISIBLE_DEVICES=all, NVIDIA_DRIVER_CAPABILITIES=utility)"
+            )
+        devices: list[Device] = []
+        problem: GpuError | None = None
+        for index in range(count):
+            try:
+                devices.append(self._device(pynvml.nvmlDeviceGetHandleByIndex(index), index))
+            except pynvml.NVMLError as failure:
+                problem = error("nvmlDeviceGetHandleByIndex", failure.value)
+                self.calls.add_error(problem.call, problem.name)
+            except GpuError as failure:
+                problem = failure
+        if not devices:
+            raise problem or error("nvmlDeviceGetCount", 999)
+        return devices
+
+    def reopen_device(self, uuid: str) -> Device:
+        """Return a fresh handle of a lost device; raises GpuError while it is away."""
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            index = pynvml.nvmlDeviceGetIndex(handle)
+        except pynvml.NVMLError as failure:
+            raise error("nvmlDeviceGetHandleByUUID", failure.value) from None
+        return self._device(handle, index)
+
+    def events(self, timeout_seconds: float) -> Sequence[XidEvent]:
+        """Wait for critical errors, at most `timeout_seconds`."""
+        if not self._open or self._event_set is None:
+            time.sleep(timeout_seconds)
+            return ()
+        try:
+            data = pynvml.nvmlEventSetWait_v2(self._event_set, int(timeout_seconds * 1e3))
+        except pynvml.NVMLError as failure:
+            if failure.value == pynvml.NVML_ERROR_TIMEOUT:
+                return ()
+            raise error("nvmlEventSetWait_v2", failure.value) from None
+        handle = ctypes.cast(data.device, ctypes.c_void_p).value or 0
+        uuid = self._uuid_of_handle.get(handle)
+        return (XidEvent(self.clock.now_ns(), uuid, int(data.eventData)),) if uuid else ()
+
+    def watch_events(self, devices: Sequence[Device]) -> None:
+        """Ask the driver to report critical errors of these devices, where it can."""
+        try:
+            self._event_set = pynvml.nvmlEventSetCreate()
+        except pynvml.NVMLError:
+            self._event_set = None
+            return
+        for device in devices:
+            assert isinstance(device, NvmlDevice)
+            try:
+                if pynvml.nvmlDeviceGetSupportedEventTypes(device.handle) & EVENT_XID_CRITICAL:
+                    pynvml.nvmlDeviceRegisterEvents(device.handle, EVENT_XID_CRITICAL, self._event_set)
+            except pynvml.NVMLError as failure:
+                self.calls.add_error(
+                    "nvmlDeviceRegisterEvents", CODE_NAMES.get(failure.value, str(failure.value))
+                )
+            else:
+                self._uuid_of_handle[ctypes.cast(device.handle, ctypes.c_void_p).value or 0] = (
+                    device.info.uuid
+                )
+
+    def close(self) -> None:
+        """Shut NVML down. A call under way in another thread would crash, so nobody may be in one."""
+        if not self._open:
+            return
+        self._open = False
+        if self._event_set is not None:
+            pynvml.nvmlEventSetFree(self._event_set)
+            self._event_set = None
+        self._uuid_of_handle.clear()
+        pynvml.nvmlShutdown()
+
+    def _device(self, handle: Any, index: int) -> "NvmlDevice":
+        return NvmlDevice(handle, device_info(handle, index), self.clock, self.calls)
+
+    @staticmethod
+    def _init_problem(code: int) -> Exception:
+        match code:
+            case 12:
+                return NoDriverError(
+                    "libnvidia-ml.so.1 was not found: this machine has no NVIDIA driver, or the container was started"
+                    " without NVIDIA_DRIVER_CAPABILITIES=utility (try `jouletrace run --demo` without a GPU)"
+                )
+            case 9:
+                return NoDriverError(
+                    "the NVIDIA kernel driver is not loaded: run `modprobe nvidia` or see `dmesg | grep -i nvrm`"
+                )
+            case 4:
+                return NoDriverError(
+                    "no permission to open the NVIDIA devices: give this user access to /dev/nvidiactl and /dev/nvidia*"
+                )
+            case 18:
+                return error("nvmlInit", code)
+            case _:
+                return NoDriverError(
+                    f"NVML did not start: {CODE_NAMES.get(code, code)} (code {code}); see `nvidia-smi`"
+                )
+
+
+def device_info(handle: Any, index: int) -> DeviceInfo:
+    """Read what does not change. Raises GpuError when the device has not even a UUID."""
+
+    def ask(call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except pynvml.NVMLError:
+            return None
+
+    try:
+        uuid = pynvml.nvmlDeviceGetUUID(handle)
+    except pynvml.NVMLError as failure:
+        raise error("nvmlDeviceGetUUID", failure.value) from None
+    name = ask(pynvml.nvmlDeviceGetName, handle) or "unknown GPU"
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    bus_bits = ask(pynvml.nvmlDeviceGetMemoryBusWidth, handle)
+    memory_mhz = ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, CLOCKS["memory"])
+    sm_mhz = ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, CLOCKS["sm"])
+    limit_mw = ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    pci = ask(pynvml.nvmlDeviceGetPciInfo, handle)
+    mig = ask(pynvml.nvmlDeviceGetMigMode, handle)
+    architecture = ARCHITECTURES.get(ask(pynvml.nvmlDeviceGetArchitecture, handle), "")
+    if architecture == "ampere" and any(part in name for part in GA100_NAMES):
+        architecture = "ga100"
+    return DeviceInfo(
+        uuid=uuid,
+        gpu=index,
+        name=name,
+        driver_version=ask(pynvml.nvmlSystemGetDriverVersion) or "",
+        architecture=architecture,
+        pci_bus_id=pci.busId if pci else "",
+        memory_total_bytes=memory.total if memory else None,
+        # Two transfers a clock: 2 x 3201 MHz x 6016 bit is the 4.81 TB/s of an H200's data sheet.
+        peak_dram_bytes_per_second=2e6 * memory_mhz * bus_bits / 8 if bus_bits and memory_mhz else None,
+        max_sm_clock_hertz=sm_mhz * 1e6 if sm_mhz else None,
+        power_limit_watts=limit_mw / 1e3 if limit_mw else None,
+        mig_enabled=bool(mig and mig[0]),
+    )
+
+
+class NvmlDevice:
+    """One GPU of the driver. Not thread-safe."""
+
+    def __init__(self, handle: Any, info: DeviceInfo, clock: Clock, calls: CallStatistics) -> None:
+        self.handle = handle
+        self.info = info
+        self._clock = clock
+        self._calls = calls
+        self._refusals: dict[str, int] = {}
+        self._functions: dict[str, Any] = {}
+        # The ring.
+        self._ring_buffer: Any = None
+        self._ring_rows: Any = None
+        self._ring_since_us = 0
+        self._ring_step_ns = 0
+        self._ring_kind, self._ring_count = ctypes.c_int(), ctypes.c_uint()
+        # Power, counter, state.
+        self._power_fields = _Fields(
+            [(FI_POWER_INSTANT, SCOPE_GPU), (FI_POWER_AVERAGE, SCOPE_GPU), (FI_POWER_AVERAGE, SCOPE_MEMORY)]
+        )
+        self._state_fields = _Fields([*((field, 0) for field in FI_THROTTLE), (FI_MEMORY_TEMPERATURE, 0)])
+        self._ecc_fields = _Fields([(FI_ECC_SBE_VOLATILE, 0), (FI_ECC_DBE_VOLATILE, 0)])
+        self._counter = ctypes.c_ulonglong()
+        self._uint, self._ulonglong = ctypes.c_uint(), ctypes.c_ulonglong()
+        self._utilization = pynvml.c_nvmlUtilization_t()
+        # GPM.
+        self._gpm: Any = None
+        self._gpm_samples: list[Any] = []
+        self._gpm_before_ns: int | None = None
+        self._gpm_valid: set[int] = set()
+        self._process_since_us = 0
+
+    # ---------------------------------------------------------------- calling
+
+    def _call(self, name: str, *arguments: Any) -> int:
+        """Call a library function on this device and return its code; times it."""
+        function = self._functions.get(name)
+        if function is None:
+            try:
+                function = pynvml._nvmlGetFunctionPointer(name)
+            except pynvml.NVMLError as failure:
+                raise error(name, failure.value) from None
+            self._functions[name] = function
+        calls = self._calls
+        started = time.perf_counter()
+        calls.pending = (name, self.info.gpu)
+        code: int = function(self.handle, *arguments)
+        calls.pending = None
+        calls.add(name, time.perf_counter() - started)
+        return code
+
+    def _checked(self, name: str, *arguments: Any) -> None:
+        code = self._call(name, *arguments)
+        if code != SUCCESS:
+            raise error(name, code)
+
+    def _optional(self, name: str, *arguments: Any) -> bool:
+        """Call and say whether it worked; refused calls are dropped after a while, lost devices raise."""
+        if self._refusals.get(name, 0) >= GIVE_UP_AFTER:
+            return False
+        try:
+            self._checked(name, *arguments)
+        except (DeviceLostError, DriverGoneError, DriverMismatchError):
+            raise
+        except UnsupportedError:
+            self._refusals[name] = self._refusals.get(name, 0) + 1
+            return False
+        except GpuError as failure:
+            self._calls.add_error(failure.call, failure.name)
+            return False
+        self._refusals.pop(name, None)
+        return True
+
+    def _either(self, new: str, old: str, *arguments: Any) -> bool:
+        """Call the newer function, or the older one where the library or driver lacks it."""
+        return self._optional(new, *arguments) or self._optional(old, *arguments)
+
+    def _read_fields(self, fields: _Fields) -> list[float | None]:
+        self._checked("nvmlDeviceGetFieldValues", fields.count, fields.argument)
+        return fields.values()
+
+    # ---------------------------------------------------------------- readings
+
+    def power_ring(self) -> PowerSamples:
+        """Return the power ring's new samples; an empty reading when there are none."""
+        if self._ring_buffer is None:
+            self._make_ring_buffer()
+        step_ns = self._clock.wall_step_ns()
+        if step_ns != self._ring_step_ns:
+            # Stamps before and after a step of the wall clock do not compare: take all, the meter sorts out.
+            self._ring_step_ns, self._ring_since_us = step_ns, 0
+        self._ring_count.value = len(self._ring_buffer)
+        code = self._call(
+            "nvmlDeviceGetSamples",
+            SAMPLES_TOTAL_POWER,
+            ctypes.c_ulonglong(self._ring_since_us),
+            ctypes.byref(self._ring_kind),
+            ctypes.byref(self._ring_count),
+            self._ring_buffer,
+        )
+        if code == INSUFFICIENT_SIZE:
+            self._ring_buffer = None
+            return self.power_ring()
+        count = self._ring_count.value if code == SUCCESS else 0
+        if code not in (SUCCESS, NOT_FOUND):
+            raise error("nvmlDeviceGetSamples", code)
+        rows = self._ring_rows[:count]
+        ends_ns = rows["stamp_us"].astype(np.int64) * 1_000 - step_ns
+        milliwatts = self._ring_values(rows["value"])
+        keep = (rows["stamp_us"] > self._ring_since_us) & (ends_ns < self._clock.now_ns() + FUTURE_NS)
+        ends_ns, milliwatts = ends_ns[keep], milliwatts[keep]
+        if len(ends_ns):
+            order = np.flatnonzero(np.diff(ends_ns, prepend=ends_ns[0] - 1) > 0)
+            ends_ns, milliwatts = ends_ns[order], milliwatts[order]
+            self._ring_since_us = (int(ends_ns[-1]) + step_ns) // 1_000
+        return PowerSamples(ends_ns, milliwatts)
+
+    def _make_ring_buffer(self) -> None:
+        count = ctypes.c_uint(0)
+        code = self._call(
+            "nvmlDeviceGetSamples",
+            SAMPLES_TOTAL_POWER,
+            ctypes.c_ulonglong(0),
+            ctypes.byref(self._ring_kind),
+            ctypes.byref(count),
+            None,
+        )
+        if code not in (SUCCESS, NOT_FOUND, INSUFFICIENT_SIZE):
+            raise error("nvmlDeviceGetSamples", code)
+        # The second call may bring more than the first announced.
+        self._ring_buffer = (pynvml.c_nvmlSample_t * (count.value + 128))()
+        self._ring_rows = np.frombuffer(self._ring_buffer, _RING_ROW)
+
+    def _ring_values(self, raw: Any) -> Any:
+        match self._ring_kind.value:
+            case 0:
+                return raw.view(np.float64).astype(np.float64)
+            case 1 | 5:
+                return (raw & 0xFFFFFFFF).astype(np.float64)
+            case 6:
+                return (raw & 0xFFFF).astype(np.float64)
+            case _:
+                return raw.astype(np.float64)
+
+    def energy_counter(self) -> CounterReading:
+        """Return the hardware energy counter (2-25 ms on an H200)."""
+        started = time.monotonic_ns()
+        self._checked("nvmlDeviceGetTotalEnergyConsumption", ctypes.byref(self._counter))
+        return CounterReading(self._clock.now_ns(), self._counter.value, time.monotonic_ns() - started)
+
+    def power(self) -> PowerReading:
+        """Return instant, average and memory power; 0 counts as not given, as some boards answer so."""
+        instant = average = memory = None
+        if self._refusals.get("power fields", 0) < GIVE_UP_AFTER:
+            instant, average, memory = self._read_fields(self._power_fields)
+            if instant or average:
+                self._refusals.pop("power fields", None)
+            else:
+                self._refusals["power fields"] = self._refusals.get("power fields", 0) + 1
+        if (
+            not instant
+            and not average
+            and self._optional("nvmlDeviceGetPowerUsage", ctypes.byref(self._uint))
+        ):
+            if self.info.architecture in INSTANT_BY_POWER_USAGE:
+                instant = self._uint.value
+            else:
+                average = self._uint.value
+        if not instant and not average:
+            raise UnsupportedError("nvmlDeviceGetPowerUsage", 3, "NOT_SUPPORTED")
+        return PowerReading(
+            self._clock.now_ns(),
+            int(instant) if instant else None,
+            int(average) if average else None,
+            int(memory) if memory else None,
+        )
+
+    def activity(self) -> ActivityReading | None:
+        """Return GPM means since the reading before; None when under 100 ms have passed or at the first call.
+
+        Raises UnsupportedError where the device has no GPM (before Hopper, in MIG mode, on some vGPUs).
+        """
+        now_ns = self._clock.now_ns()
+        before_ns = self._gpm_before_ns
+        if before_ns is not None and now_ns - before_ns < GPM_MINIMUM_NS:
+            return None
+        if self._gpm is None:
+            self._make_gpm()
+        self._checked("nvmlGpmSampleGet", self._gpm_samples[1])
+        now_ns = self._clock.now_ns()
+        if before_ns is None:
+            self._gpm_samples.reverse()
+            self._gpm_before_ns = now_ns
+            return None
+        values = self._gpm_values()
+        missing = self._gpm_valid - values.keys()
+        if missing and now_ns - before_ns < GPM_PATIENCE_NS:
+            # Now and then the driver answers NaN: the next reading then covers this time as well.
+            return None
+        self._gpm_valid |= values.keys()
+        self._gpm_valid -= missing
+        self._gpm_samples.reverse()
+        self._gpm_before_ns = now_ns
+        dram = values.get(GPM_DRAM)
+        return ActivityReading(
+            before_ns,
+            now_ns,
+            None if dram is None else min(dram / 100, 1.0),
+            {pipe: min(values[i] / 100, 1.0) for i, pipe in GPM_BUSY.items() if i in values},
+            {link: values[i] * MIB for i, link in GPM_LINK.items() if i in values},
+        )
+
+    def _make_gpm(self) -> None:
+        try:
+            support = pynvml.nvmlGpmQueryDeviceSupport(self.handle)
+            if not support.isSupportedDevice:
+                raise UnsupportedError("nvmlGpmQueryDeviceSupport", 3, "NOT_SUPPORTED")
+            self._gpm_samples = [pynvml.nvmlGpmSampleAlloc(), pynvml.nvmlGpmSampleAlloc()]
+        except pynvml.NVMLError as failure:
+            raise error("nvmlGpmQueryDeviceSupport", failure.value) from None
+        gpm = pynvml.c_nvmlGpmMetricsGet_t()
+        gpm.version, gpm.numMetrics = GPM_VERSION, len(GPM_IDS)
+        for place, metric in enumerate(GPM_IDS):
+            gpm.metrics[place].metricId = metric
+        self._gpm = gpm
+        self._gpm_argument = ctypes.byref(gpm)
+        offset = pynvml.c_nvmlGpmMetricsGet_t.metrics.offset
+        size = ctypes.sizeof(pynvml.c_nvmlGpmMetric_t)
+        self._gpm_bytes = memoryview(gpm).cast("B")[offset : offset + size * len(GPM_IDS)]
+        self._gpm_metrics_get = pynvml._nvmlGetFunctionPointer("nvmlGpmMetricsGet")
+
+    def _gpm_values(self) -> dict[int, float]:
+        """Return the valid metrics between the two samples, by id."""
+        self._gpm.sample1, self._gpm.sample2 = self._gpm_samples
+        started = time.perf_counter()
+        code = self._gpm_metrics_get(self._gpm_argument)
+        self._calls.add("nvmlGpmMetricsGet", time.perf_counter() - started)
+        if code != SUCCESS:
+            raise error("nvmlGpmMetricsGet", code)
+        return {
+            metric: value
+            for metric, result, value in _GPM_METRIC.iter_unpack(self._gpm_bytes)
+            if result == SUCCESS
+            and math.isfinite(value)
+            and value >= 0
+            and (metric in GPM_LINK or value <= GPM_MOST_PERCENT)
+        }
+
+    def state(self) -> StateReading:
+        """Return clocks, event reasons, throttle times, temperatures, memory and NVML utilization."""
+        number, reference = self._uint, ctypes.byref(self._uint)
+        clocks = {
+            domain: number.value * 1e6
+            for domain, kind in CLOCKS.items()
+            if self._optional_of("nvmlDeviceGetClockInfo", domain, kind, reference)
+        }
+        reasons = None
+        if self._either(
+            "nvmlDeviceGetCurrentClocksEventReasons",
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+            ctypes.byref(self._ulonglong),
+        ):
+            reasons = self._ulonglong.value
+        temperatures = {}
+        gpu_temperature = self._gpu_temperature()
+        if gpu_temperature is not None:
+            temperatures["gpu"] = gpu_temperature
+        throttled: dict[ThrottleReason, int] = {}
+        try:
+            *times, memory_temperature = self._read_fields(self._state_fields)
+        except UnsupportedError:
+            times, memory_temperature = [], None
+        for reason, spent in zip(FI_THROTTLE.values(), times, strict=False):
+            if spent is not None:
+                throttled[reason] = int(spent)
+        if ThrottleReason.SW_THERMAL in throttled:
+            throttled.pop(ThrottleReason.THERMAL, None)
+        if memory_temperature and 0 < memory_temperature < 150:
+            temperatures["memory"] = float(memory_temperature)
+        utilization = {}
+        if self._optional("nvmlDeviceGetUtilizationRates", ctypes.byref(self._utilization)):
+            # Garbage above 100 (up to 0xFFFFFFFF) was reported in the field.
+            for kind, percent in (("gpu", self._utilization.gpu), ("memory", self._utilization.memory)):
+                if percent <= 100:
+                    utilization[kind] = percent / 100
+        return StateReading(
+            self._clock.now_ns(), clocks, reasons, throttled, temperatures, self._memory_used(), utilization
+        )
+
+    def _optional_of(self, name: str, part: str, *arguments: Any) -> bool:
+        """Like `_optional`, with refusals remembered for one part of a call's range."""
+        key = f"{name} {part}"
+        if self._refusals.get(key, 0) >= GIVE_UP_AFTER:
+            return False
+        code = self._call(name, *arguments)
+        if code == SUCCESS:
+            self._refusals.pop(key, None)
+            return True
+        failure = error(name, code)
+        if isinstance(failure, UnsupportedError):
+            self._refusals[key] = self._refusals.get(key, 0) + 1
+            return False
+        raise failure
+
+    def _gpu_temperature(self) -> float | None:
+        structure = getattr(pynvml, "c_nvmlTemperature_v1_t", None)
+        if structure is not None and self._refusals.get("nvmlDeviceGetTemperatureV", 0) < GIVE_UP_AFTER:
+            if not hasattr(self, "_temperature"):
+                self._temperature = structure()
+            self._temperature.version = pynvml.nvmlTemperature_v1
+            self._temperature.sensorType = 0
+            if self._optional("nvmlDeviceGetTemperatureV", ctypes.byref(self._temperature)):
+                return float(self._temperature.temperature)
+        if self._optional("nvmlDeviceGetTemperature", 0, ctypes.byref(self._uint)):
+            return float(self._uint.value) if self._uint.value < 150 else None
+        return None
+
+    def _memory_used(self) -> int | None:
+        if not hasattr(self, "_memory"):
+            self._memory = pynvml.c_nvmlMemory_v2_t()
+            self._memory_old = pynvml.c_nvmlMemory_t()
+        self._memory.version = pynvml.nvmlMemory_v2
+        if self._optional("nvmlDeviceGetMemoryInfo_v2", ctypes.byref(self._memory)):
+            return int(self._memory.used)
+        if self._optional("nvmlDeviceGetMemoryInfo", ctypes.byref(self._memory_old)):
+            return int(self._memory_old.used)
+        return None
+
+    def health(self) -> HealthReading:
+        """Return the processes with a context, the enforced power limit and volatile ECC totals."""
+        processes = self._processes()
+        limit = None
+        if self._optional("nvmlDeviceGetEnforcedPowerLimit", ctypes.byref(self._uint)):
+            limit = self._uint.value / 1e3
+        ecc = {}
+        try:
+            corrected, uncorrected = self._read_fields(self._ecc_fields)
+        except UnsupportedError:
+            corrected = uncorrected = None
+        if corrected is not None:
+            ecc["corrected"] = int(corrected)
+        if uncorrected is not None:
+            ecc["uncorrected"] = int(uncorrected)
+        return HealthReading(self._clock.now_ns(), processes, limit, ecc)
+
+    def _processes(self) -> Sequence[ProcessReading] | None:
+        started = time.perf_counter()
+        found: dict[int, int | None] = {}
+        try:
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self.handle):
+                found[process.pid] = process.usedGpuMemory
+        except pynvml.NVMLError as failure:
+            problem = error("nvmlDeviceGetComputeRunningProcesses", failure.value)
+            if isinstance(problem, UnsupportedError):
+                return None
+            raise problem from None
+        self._calls.add("nvmlDeviceGetComputeRunningProcesses", time.perf_counter() - started)
+        shares = self._sm_shares() if len(found) > 1 else {}
+        return tuple(ProcessReading(pid, memory, shares.get(pid)) for pid, memory in sorted(found.items()))
+
+    def _sm_shares(self) -> dict[int, float]:
+        """Return the SM share by process since the last call, weighted by time (a 3 ms call)."""
+        started = time.perf_counter()
+        try:
+            samples = pynvml.nvmlDeviceGetProcessUtilization(self.handle, self._process_since_us)
+        except pynvml.NVMLError:
+            # NOT_FOUND means that nothing ran; MIG and some drivers do not have the call at all.
+            return {}
+        finally:
+            self._calls.add("nvmlDeviceGetProcessUtilization", time.perf_counter() - started)
+        sums: dict[int, float] = {}
+        counts: dict[int, int] = {}
+        for sample in samples:
+            if sample.timeStamp > self._process_since_us and sample.smUtil <= 100:
+                sums[sample.pid] = sums.get(sample.pid, 0.0) + sample.smUtil / 100
+                counts[sample.pid] = counts.get(sample.pid, 0) + 1
+        self._process_since_us = max((sample.timeStamp for sample in samples), default=self._process_since_us)
+        slots = max(counts.values(), default=1)
+        return {pid: total / slots for pid, total in sums.items()}
+
+
+_GPM_METRIC = struct.Struct("<Iid24x")
+"""nvmlGpmMetric_t: metricId, nvmlReturn, value, then three name pointers."""

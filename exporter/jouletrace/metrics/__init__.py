@@ -1,0 +1,1 @@
+"""What Prometheus sees: the metric names, the collectors that fill them, and the formats."""

@@ -1,0 +1,390 @@
+"""The one list of metrics: names, types, labels and meaning.
+
+Collectors, dashboards, alert rules and the reference page are made from these constants, so that a name is
+written once. Names are frozen once released.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from jouletrace.gpu.readings import Pipe, Sensor, ThrottleReason
+
+UNITS = ("joules", "watts", "seconds", "bytes", "hertz", "celsius", "ratio")
+"""Base units, as OpenMetrics and the Prometheus naming guide have them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric family."""
+
+    name: str
+    """As it is queried: counters end in `_total`; a summary is queried with `_count` and `_sum`."""
+    type: Literal["counter", "gauge", "summary"]
+    help: str
+    labels: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    """The values that the last label can have, where they are a closed set. Nothing else is ever exported."""
+
+    @property
+    def unit(self) -> str:
+        """Return the base unit that the name ends in, or an empty string."""
+        word = self.name.removesuffix("_total").rpartition("_")[2]
+        return word if word in UNITS else ""
+
+
+_DEVICE = ("gpu", "uuid")
+
+GPU_INFO = Metric(
+    "jouletrace_gpu_info",
+    "gauge",
+    "What is fixed about a GPU, as labels; the value is always 1. energy_source is the sensor that its "
+    "energy comes from (power_ring, energy_counter, power_polling, power_average) and empty while there "
+    "is none. Join it to other metrics on (gpu, uuid).",
+    (
+        "gpu",
+        "uuid",
+        "name",
+        "architecture",
+        "driver_version",
+        "pci_bus_id",
+        "energy_source",
+        "mig",
+    ),
+)
+GPU_ENERGY_JOULES = Metric(
+    "jouletrace_gpu_energy_joules_total",
+    "counter",
+    "Energy that the GPU has used since jouletrace began to watch it, in joules, from its best sensor. "
+    "rate() of this is the true mean power in watts over the range, whatever happened between two "
+    "scrapes. Sampled in the background; jouletrace_sample_age_seconds says how old it is.",
+    _DEVICE,
+)
+GPU_HARDWARE_ENERGY_JOULES = Metric(
+    "jouletrace_gpu_hardware_energy_joules_total",
+    "counter",
+    "The energy counter of the hardware itself, in joules since the driver was loaded. It is read about "
+    "every 10 seconds to check jouletrace_gpu_energy_joules_total against; use that one for rates.",
+    _DEVICE,
+)
+GPU_POWER_WATTS = Metric(
+    "jouletrace_gpu_power_watts",
+    "gauge",
+    "Newest power value of the sensor in use, in watts. It is one sample of a fast signal: for the mean "
+    "power of a range take rate() of jouletrace_gpu_energy_joules_total.",
+    _DEVICE,
+)
+GPU_POWER_MAX_WATTS = Metric(
+    "jouletrace_gpu_power_max_watts",
+    "gauge",
+    "Highest power value of the sensor in use in the last minute, in watts. A peak shorter than the "
+    "sensor's interval is averaged within it.",
+    _DEVICE,
+)
+GPU_MEMORY_POWER_WATTS = Metric(
+    "jouletrace_gpu_memory_power_watts",
+    "gauge",
+    "Power of the GPU's memory as the driver averages it over one second, in watts. It is a part of the "
+    "GPU's power, not an addition to it.",
+    _DEVICE,
+)
+GPU_POWER_LIMIT_WATTS = Metric(
+    "jouletrace_gpu_power_limit_watts",
+    "gauge",
+    "Power limit that the driver enforces, in watts.",
+    _DEVICE,
+)
+GPU_IDLE_POWER_WATTS = Metric(
+    "jouletrace_gpu_idle_power_watts",
+    "gauge",
+    "Power that this GPU was learnt to draw without work, in watts: bare while no process holds a context "
+    "on it, parked while one does. Absent until a quiet time has been seen.",
+    (*_DEVICE, "kind"),
+    ("bare", "parked"),
+)
+GPU_DRAM_BANDWIDTH_RATIO = Metric(
+    "jouletrace_gpu_dram_bandwidth_ratio",
+    "gauge",
+    "Part of the theoretical memory bandwidth in use, 0 to 1, as the mean of the newest hardware counter "
+    "interval (GPM, Hopper and later). About 0.9 is the practical ceiling.",
+    _DEVICE,
+)
+GPU_DRAM_BYTES = Metric(
+    "jouletrace_gpu_dram_bytes_total",
+    "counter",
+    "Bytes read from and written to the GPU's memory since jouletrace began to watch it: bandwidth ratio "
+    "times theoretical peak, integrated over time (GPM, Hopper and later).",
+    _DEVICE,
+)
+GPU_BUSY_SECONDS = Metric(
+    "jouletrace_gpu_busy_seconds_total",
+    "counter",
+    "Busy share of each part of the GPU, integrated over time, in seconds; rate() is the mean share of "
+    "cycles in which the part was busy, 0 to 1 (GPM, Hopper and later). For pipe sm_occupancy the share "
+    "is of warps that were resident. A tensor share of 0.5 is a high load.",
+    (*_DEVICE, "pipe"),
+    tuple(Pipe),
+)
+GPU_PCIE_BYTES = Metric(
+    "jouletrace_gpu_pcie_bytes_total",
+    "counter",
+    "Bytes over PCIe as the GPU sees it, integrated from the mean rates of the hardware counters (GPM, "
+    "Hopper and later). transmit leaves the GPU.",
+    (*_DEVICE, "direction"),
+    ("transmit", "receive"),
+)
+GPU_NVLINK_BYTES = Metric(
+    "jouletrace_gpu_nvlink_bytes_total",
+    "counter",
+    "Bytes over all NVLinks as the GPU sees it, integrated from the mean rates of the hardware counters "
+    "(GPM, Hopper and later). transmit leaves the GPU.",
+    (*_DEVICE, "direction"),
+    ("transmit", "receive"),
+)
+GPU_CLOCK_HERTZ = Metric(
+    "jouletrace_gpu_clock_hertz",
+    "gauge",
+    "Clock of a domain at the last look, in hertz.",
+    (*_DEVICE, "domain"),
+    ("sm", "memory", "graphics", "video"),
+)
+GPU_THROTTLED_SECONDS = Metric(
+    "jouletrace_gpu_throttled_seconds_total",
+    "counter",
+    "Time for which the clocks were held down, in seconds since the driver was loaded, by the driver's "
+    "own count. Several reasons can hold at once, so do not add them up. thermal stands for both thermal "
+    "reasons on drivers that do not tell them apart.",
+    (*_DEVICE, "reason"),
+    tuple(ThrottleReason),
+)
+GPU_MEMORY_USED_BYTES = Metric(
+    "jouletrace_gpu_memory_used_bytes",
+    "gauge",
+    "GPU memory that is allocated, in bytes. An inference engine reserves its cache at start, so this "
+    "does not say how much of it holds data.",
+    _DEVICE,
+)
+GPU_MEMORY_TOTAL_BYTES = Metric(
+    "jouletrace_gpu_memory_total_bytes",
+    "gauge",
+    "GPU memory that there is, in bytes.",
+    _DEVICE,
+)
+GPU_TEMPERATURE_CELSIUS = Metric(
+    "jouletrace_gpu_temperature_celsius",
+    "gauge",
+    "Temperature of a sensor at the last look, in degrees Celsius.",
+    (*_DEVICE, "sensor"),
+    ("gpu", "memory"),
+)
+GPU_UTILIZATION_RATIO = Metric(
+    "jouletrace_gpu_utilization_ratio",
+    "gauge",
+    "Misleading as a measure of load: NVML's duty cycle, the part of the time in which any kernel ran "
+    "(kind gpu) or any memory access was under way (kind memory), 0 to 1. It reads 1 during pure copies "
+    "and with a single busy SM. Use jouletrace_gpu_busy_seconds_total and "
+    "jouletrace_gpu_dram_bandwidth_ratio instead.",
+    (*_DEVICE, "kind"),
+    ("gpu", "memory"),
+)
+GPU_XID_ERRORS = Metric(
+    "jouletrace_gpu_xid_errors_total",
+    "counter",
+    "Critical errors that the driver reported since jouletrace began to watch the GPU, by Xid number of "
+    "NVIDIA's catalogue. The first 32 numbers seen have a series of their own, the rest count as other.",
+    (*_DEVICE, "xid"),
+)
+GPU_ECC_ERRORS = Metric(
+    "jouletrace_gpu_ecc_errors_total",
+    "counter",
+    "Memory errors that ECC found since the driver was loaded. An uncorrected one killed the work that "
+    "met it.",
+    (*_DEVICE, "kind"),
+    ("corrected", "uncorrected"),
+)
+
+DEVICE = (
+    GPU_INFO,
+    GPU_ENERGY_JOULES,
+    GPU_HARDWARE_ENERGY_JOULES,
+    GPU_POWER_WATTS,
+    GPU_POWER_MAX_WATTS,
+    GPU_MEMORY_POWER_WATTS,
+    GPU_POWER_LIMIT_WATTS,
+    GPU_IDLE_POWER_WATTS,
+    GPU_DRAM_BANDWIDTH_RATIO,
+    GPU_DRAM_BYTES,
+    GPU_BUSY_SECONDS,
+    GPU_PCIE_BYTES,
+    GPU_NVLINK_BYTES,
+    GPU_UTILIZATION_RATIO,
+    GPU_CLOCK_HERTZ,
+    GPU_THROTTLED_SECONDS,
+    GPU_TEMPERATURE_CELSIUS,
+    GPU_MEMORY_USED_BYTES,
+    GPU_MEMORY_TOTAL_BYTES,
+    GPU_XID_ERRORS,
+    GPU_ECC_ERRORS,
+)
+
+BUILD_INFO = Metric(
+    "jouletrace_build_info",
+    "gauge",
+    "Versions of this jouletrace and of the Python that runs it, as labels; the value is always 1.",
+    ("version", "python_version"),
+)
+UP = Metric(
+    "jouletrace_up",
+    "gauge",
+    "1 while the source has devices, none of them is lost and the sampler comes back from its calls in "
+    "time, else 0. It says whether reading works; jouletrace_sample_age_seconds says how fresh each "
+    "device is.",
+    ("source",),
+)
+SAMPLE_AGE_SECONDS = Metric(
+    "jouletrace_sample_age_seconds",
+    "gauge",
+    "Time since the end of the newest energy sample, in seconds. Samples are taken in the background and "
+    "never by a scrape; about one second is normal. It grows while a device cannot be read.",
+    _DEVICE,
+)
+SENSOR_UPDATE_INTERVAL_SECONDS = Metric(
+    "jouletrace_sensor_update_interval_seconds",
+    "gauge",
+    "Interval at which a sensor of the GPU gives a new value, in seconds, as measured here and not as "
+    "documented.",
+    ("gpu", "sensor"),
+    tuple(Sensor),
+)
+ENERGY_AGREEMENT_RATIO = Metric(
+    "jouletrace_energy_agreement_ratio",
+    "gauge",
+    "Energy measured by jouletrace over energy by the hardware counter for the same span; healthy within "
+    "3 % of 1. Absent while a GPU has no counter to compare with.",
+    _DEVICE,
+)
+ENERGY_GAP_SECONDS = Metric(
+    "jouletrace_energy_gap_seconds_total",
+    "counter",
+    "Time for which the power sensor gave nothing, in seconds: its energy was taken from the hardware "
+    "counter, or is missing where there is none.",
+    _DEVICE,
+)
+REJECTED_SAMPLES = Metric(
+    "jouletrace_rejected_samples_total",
+    "counter",
+    "Sensor values that were thrown away because they cannot be true: under 0 or over twice the power limit.",
+    _DEVICE,
+)
+HARDWARE_ENERGY_RESETS = Metric(
+    "jouletrace_hardware_energy_resets_total",
+    "counter",
+    "Times that the hardware energy counter went backwards. jouletrace_gpu_energy_joules_total goes on "
+    "regardless.",
+    _DEVICE,
+)
+DRIVER_CALL_SECONDS = Metric(
+    "jouletrace_driver_call_seconds",
+    "summary",
+    "Wall time spent in calls of the GPU driver, in seconds, and their number, by function.",
+    ("call",),
+)
+DRIVER_ERRORS = Metric(
+    "jouletrace_driver_errors_total",
+    "counter",
+    "Calls of the GPU driver that failed, by function and by name of the return code. The first 256 pairs "
+    "seen have a series of their own, the rest count as other.",
+    ("call", "code"),
+)
+SAMPLER_CPU_SECONDS = Metric(
+    "jouletrace_sampler_cpu_seconds_total",
+    "counter",
+    "CPU time of the sampler thread in seconds, driver calls included; rate() is the part of one core.",
+)
+SAMPLER_STRETCH_RATIO = Metric(
+    "jouletrace_sampler_stretch_ratio",
+    "gauge",
+    "Factor by which the sampler has lengthened its intervals to stay within its CPU budget; 1 means as "
+    "configured.",
+)
+COLLECTOR_SUCCESS = Metric(
+    "jouletrace_collector_success",
+    "gauge",
+    "1 when this part of the page could be made, 0 when it failed and its metrics are missing; the log "
+    "has the cause.",
+    ("collector",),
+)
+
+SELF = (
+    BUILD_INFO,
+    UP,
+    SAMPLE_AGE_SECONDS,
+    SENSOR_UPDATE_INTERVAL_SECONDS,
+    ENERGY_AGREEMENT_RATIO,
+    ENERGY_GAP_SECONDS,
+    REJECTED_SAMPLES,
+    HARDWARE_ENERGY_RESETS,
+    DRIVER_CALL_SECONDS,
+    DRIVER_ERRORS,
+    SAMPLER_CPU_SECONDS,
+    SAMPLER_STRETCH_RATIO,
+    COLLECTOR_SUCCESS,
+)
+
+ALL = (*DEVICE, *SELF)
+
+_PREAMBLE = """\
+# Metrics
+
+<!-- Generated from exporter/jouletrace/metrics/names.py. Change it there. -->
+
+Served at `/metrics` as Prometheus text 0.0.4 or, when the scraper accepts it, OpenMetrics 1.0.0.
+`?name[]=NAME` (repeatable) restricts the answer to the named series.
+
+## How to read them
+
+- **Joules are counters, and `rate()` of joules is watts.** `rate(jouletrace_gpu_energy_joules_total[5m])`
+  is the true mean power of those five minutes at any scrape interval, because every power sample in between
+  has been integrated. The same holds for bytes, busy seconds and throttled seconds. Gauges are a
+  convenience beside them.
+- **Sampling is done in the background.** A scrape formats the newest snapshot and never waits for the
+  driver. Samples carry no timestamps; `jouletrace_sample_age_seconds` says how old the energy is.
+- **A failed read is absent**: never 0, and never the value before. A sensor that a GPU lacks has no series.
+- **While a GPU is lost, or the sampler hangs in a driver call**, every gauge of the GPU and every counter
+  that the driver keeps (the hardware energy counter, throttled time, ECC errors) disappears. The counters
+  that jouletrace keeps itself (energy, bytes, busy seconds, Xid errors, gaps) stay where they are, so that
+  `increase()` over the outage is right; `jouletrace_gpu_info` stays with an empty `energy_source`,
+  `jouletrace_sample_age_seconds` grows and `jouletrace_up` is 0.
+- **A counter never goes down** while the process lives. After a restart it begins at 0 again, which
+  `rate()` and `increase()` understand. Counters that the driver keeps begin again when the driver is
+  loaded.
+- `gpu` is the driver's index and can change with a reboot; `uuid` is the GPU itself. There is no host
+  label: Prometheus adds `instance`.
+- Label values are closed sets where the table lists them. No request, process or user id is ever a label.
+"""
+
+_PROCESS = """\
+## The process
+
+`process_cpu_seconds_total`, `process_resident_memory_bytes`, `process_virtual_memory_bytes`,
+`process_start_time_seconds`, `process_open_fds` and `process_max_fds` have their usual meaning.
+"""
+
+
+def reference_markdown() -> str:
+    """Return docs/metrics.md."""
+    parts = [_PREAMBLE, _table("GPUs", DEVICE), _table("The exporter itself", SELF), _PROCESS]
+    return "\n".join(parts)
+
+
+def _table(title: str, metrics: Iterable[Metric]) -> str:
+    rows = [f"## {title}", "", "| metric | type | labels | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{m.name}` | {m.type} | {_labels(m)} | {m.help} |" for m in metrics]
+    return "\n".join(rows) + "\n"
+
+
+def _labels(metric: Metric) -> str:
+    labels = [f"`{label}`" for label in metric.labels]
+    if metric.values:
+        labels[-1] += f" ({', '.join(metric.values)})"
+    return ", ".join(labels)

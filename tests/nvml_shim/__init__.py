@@ -1,0 +1,41 @@
+"""A simulated NVIDIA driver: a small C library that the unmodified ``pynvml`` loads as if it were real."""
+
+from tests.nvml_shim.shim import (
+    BuildError,
+    Constant,
+    Device,
+    Fault,
+    Latency,
+    Power,
+    PowerFile,
+    Process,
+    Ramp,
+    Scenario,
+    Shim,
+    Square,
+    Steps,
+    Xid,
+    build,
+    environment,
+    write_control,
+)
+
+__all__ = [
+    "BuildError",
+    "Constant",
+    "Device",
+    "Fault",
+    "Latency",
+    "Power",
+    "PowerFile",
+    "Process",
+    "Ramp",
+    "Scenario",
+    "Shim",
+    "Square",
+    "Steps",
+    "Xid",
+    "build",
+    "environment",
+    "write_control",
+]

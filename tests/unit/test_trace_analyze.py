@@ -1,0 +1,194 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jouletrace.trace.analyze import analyze, phases_of, render_table
+from jouletrace.trace.recording import Recording, RecordingError, Stream, read
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO = REPOSITORY / "exporter/jouletrace/demo/recording.json.gz"
+CHUNKED = REPOSITORY / "tests/data/h200-c-chunked.json.gz"
+S = 1_000_000_000
+COUNTER_AGE_NS = 20_000_000
+"""Mean age of a stored counter value: a change, seen by a poll each 30 ms (plus 2-25 ms for the call)."""
+
+
+def without(recording: Recording, *names: str) -> Recording:
+    streams = {name: stream for name, stream in recording.streams.items() if name not in names}
+    return replace(recording, streams=streams)
+
+
+def counter_joules(recording: Recording, start_ns: int, end_ns: int) -> float:
+    """The hardware's own energy of a window; between two ticks as if the power had been even."""
+    counter = recording.streams["energy_counter"]
+    edges = np.array([start_ns, end_ns]) + COUNTER_AGE_NS
+    start, end = np.interp(edges, counter.t_ns, counter.values["mj"])
+    return float(end - start) / 1e3
+
+
+def steady(watts: float, seconds: int, *, step_ns: int = 20_000_000) -> Recording:
+    t_ns = 1_000 * S + np.arange(0, seconds * S + 1, step_ns)
+    ring = Stream(t_ns, {"mw": np.full(len(t_ns), watts * 1e3)})
+    return Recording({"gpu": "test"}, {"power_ring_20ms": ring}, name="steady.json.gz")
+
+
+def event(kind: str, second: float, name: str, **labels: object) -> dict:
+    return {"t_ns": 1_000 * S + round(second * S), "kind": kind, "phase": name, **labels}
+
+
+@pytest.mark.parametrize("path", [DEMO, CHUNKED])
+def test_energy_meets_the_hardware_counter(path: Path) -> None:
+    recording = read(path)
+    result = analyze(recording)
+    assert result["format"] == 1
+    assert result["energy_source"] == "power_ring"
+    assert result["energy_joules"] == pytest.approx(result["counter_joules"], rel=5e-4)
+    assert result["warnings"] == []
+    checked = 0
+    for phase in result["phases"]:
+        assert phase["low"] <= phase["energy_joules"] <= phase["high"]
+        seconds = (phase["end_ns"] - phase["start_ns"]) / S
+        assert phase["average_watts"] == pytest.approx(phase["energy_joules"] / seconds)
+        if seconds >= 4:
+            truth = counter_joules(recording, phase["start_ns"], phase["end_ns"])
+            assert phase["energy_joules"] == pytest.approx(truth, rel=6e-3), phase["name"]
+            checked += 1
+    assert checked >= 19
+
+
+def test_phases_of_the_demo() -> None:
+    result = analyze(read(DEMO))
+    phases = {(p["name"], *p["labels"].values()): p["average_watts"] for p in result["phases"]}
+    assert len(phases) == 23
+    # Watts by the hardware counter, taken when the recording was made.
+    assert phases["idle_no_context",] == pytest.approx(79, abs=1)
+    assert phases["idle_with_weights",] == pytest.approx(121, abs=1)
+    assert phases["decode", 16, 1024] == pytest.approx(531, rel=0.01)
+    assert phases["host_offload",] == pytest.approx(130, rel=0.01)
+    assert phases["serve", 20.0] == pytest.approx(662, rel=0.01)
+
+
+def test_the_result_is_json() -> None:
+    assert json.loads(json.dumps(analyze(read(CHUNKED)), allow_nan=False))["gpu"]["name"] == "NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    ("missing", "source", "tolerance"),
+    [
+        (("power_ring_20ms",), "energy_counter", 0.0005),
+        (("power_ring_20ms", "energy_counter"), "power_polling", 0.005),
+        (("power_ring_20ms", "energy_counter", "power_instant"), "power_average", 0.005),
+    ],
+)
+def test_worse_sensors_stand_in(missing: tuple[str, ...], source: str, tolerance: float) -> None:
+    demo = read(DEMO)
+    result = analyze(without(demo, *missing))
+    assert result["energy_source"] == source
+    span = demo.streams["power_average" if "instant" in str(missing) else "power_instant"].t_ns
+    if source == "energy_counter":
+        span = demo.streams["energy_counter"].t_ns
+        assert result["counter_joules"] == pytest.approx(115_891.978)
+    else:
+        assert result["counter_joules"] is None
+    truth = counter_joules(demo, int(span[0]), int(span[-1]))
+    assert result["energy_joules"] == pytest.approx(truth, rel=tolerance)
+    for phase in result["phases"]:
+        true_joules = counter_joules(demo, phase["start_ns"], phase["end_ns"])
+        assert phase["low"] <= true_joules * 1.005, phase["name"]
+        assert phase["high"] >= true_joules * 0.995, phase["name"]
+
+
+def test_no_phase_events_make_one_phase() -> None:
+    result = analyze(steady(300, 20))
+    (phase,) = result["phases"]
+    assert phase["name"] == "recording"
+    assert phase["energy_joules"] == pytest.approx(6_000)
+    assert result["energy_joules"] == pytest.approx(6_000)
+    assert result["counter_joules"] is None
+
+
+def test_longer_than_the_timeline_is_deep() -> None:
+    events = [event("phase_start", 10, "long"), event("phase_end", 3_010, "long")]
+    result = analyze(replace(steady(100, 3_600, step_ns=100_000_000), events=tuple(events)))
+    (phase,) = result["phases"]
+    assert phase["energy_joules"] == pytest.approx(300_000, rel=1e-9)
+    assert phase["high"] - phase["low"] < 50
+    assert result["energy_joules"] == pytest.approx(360_000, rel=1e-9)
+    assert result["warnings"] == []
+
+
+def test_phases_nest_and_repeat() -> None:
+    events = (
+        event("phase_start", 0, "outer"),
+        event("phase_start", 1, "inner", round=1),
+        event("phase_end", 2, "inner"),
+        event("phase_start", 3, "inner", round=2),
+        event("phase_start", 4, "inner", round=3),
+        event("phase_end", 5, "inner"),
+        event("phase_end", 6, "inner"),
+        event("phase_end", 7, "outer"),
+    )
+    phases, warnings = phases_of(replace(steady(1, 10), events=events))
+    spans = [(p.name, p.labels.get("round"), (p.end_ns - p.start_ns) // S) for p in phases]
+    assert spans == [("outer", None, 7), ("inner", 1, 1), ("inner", 2, 3), ("inner", 3, 1)]
+    assert warnings == []
+
+
+def test_phases_without_end_or_start() -> None:
+    events = (
+        event("phase_start", 1, "a"),
+        event("phase_end", 2, "never begun"),
+        event("phase_start", 4, "b"),
+    )
+    result = analyze(replace(steady(100, 10), events=events))
+    assert [round(p["energy_joules"]) for p in result["phases"]] == [300, 600]
+    assert len(result["warnings"]) == 3
+    assert "never begun" in result["warnings"][0]
+    assert "a at" in result["warnings"][1]
+
+
+def test_a_phase_outside_of_the_readings_is_told() -> None:
+    events = (event("phase_start", 8, "late"), event("phase_end", 12, "late"))
+    result = analyze(replace(steady(100, 10), events=events))
+    assert result["phases"][0]["energy_joules"] == pytest.approx(200)
+    assert result["phases"][0]["average_watts"] == pytest.approx(100)
+    assert "energy is known for 2.00 s" in result["warnings"][0]
+
+
+def test_a_gap_in_the_ring_is_filled_from_the_counter() -> None:
+    demo = read(DEMO)
+    ring = demo.streams["power_ring_20ms"]
+    lost = (ring.t_ns > ring.t_ns[0] + 90 * S) & (ring.t_ns < ring.t_ns[0] + 97 * S)
+    holed = Stream(ring.t_ns[~lost], {"mw": ring.values["mw"][~lost]})
+    result = analyze(replace(demo, streams={**demo.streams, "power_ring_20ms": holed}))
+    assert result["energy_joules"] == pytest.approx(result["counter_joules"], rel=1e-3)
+    assert any("have no samples" in warning for warning in result["warnings"])
+
+
+def test_a_counter_reset_is_told_and_left_out() -> None:
+    demo = read(DEMO)
+    counter = demo.streams["energy_counter"]
+    values = counter.values["mj"].copy()
+    values[1_000:] -= values[1_000]
+    broken = Stream(counter.t_ns, {**counter.values, "mj": values})
+    result = analyze(replace(demo, streams={**demo.streams, "energy_counter": broken}))
+    assert any("set back" in warning for warning in result["warnings"])
+    assert result["counter_joules"] == pytest.approx(result["energy_joules"], rel=2e-3)
+
+
+def test_nothing_to_add_up_is_a_sentence() -> None:
+    with pytest.raises(RecordingError, match="neither power nor energy"):
+        analyze(read(DEMO, {"gpm_100ms", "state_100ms"}))
+
+
+def test_table() -> None:
+    text = render_table(analyze(read(DEMO)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["phase", "seconds", "watts", "joules", "low", "high"]
+    row = next(line for line in lines if line.startswith("decode batch=16 context=1024"))
+    assert row.split()[3:6] == ["9.03", "530.0", "4,788.2"]
+    assert len({len(line) for line in lines[:24]}) == 1
+    assert "hardware counter 115,831.0 J" in lines[-1]

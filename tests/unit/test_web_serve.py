@@ -1,0 +1,156 @@
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from jouletrace.web.serve import ListenError, WebServer
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def app(delay_seconds: float = 0.0) -> web.Application:
+    async def answer(_: web.Request) -> web.Response:
+        await asyncio.sleep(delay_seconds)
+        return web.Response(text="here")
+
+    made = web.Application()
+    made.router.add_get("/", answer)
+    return made
+
+
+@pytest.fixture(name="server")
+async def fixture_server() -> AsyncIterator[WebServer]:
+    server = WebServer(app(), shutdown_seconds=2.0)
+    yield server
+    await server.stop()
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+async def get(url: str) -> str:
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        return await response.text()
+
+
+async def raw(url: str, request: bytes) -> bytes:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(request)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def test_port_0_reports_the_real_port(server: WebServer) -> None:
+    await server.start(["127.0.0.1:0"])
+    [url] = server.urls
+    assert not url.endswith(":0")
+    assert await get(url) == "here"
+
+
+async def test_several_addresses(server: WebServer) -> None:
+    await server.start(["127.0.0.1:0", "127.0.0.2:0"])
+    assert len(server.urls) == 2
+    assert [await get(url) for url in server.urls] == ["here", "here"]
+
+
+async def test_no_host_means_every_interface_of_both_families(server: WebServer) -> None:
+    await server.start([":0"])
+    [url] = server.urls
+    port = url.rpartition(":")[2]
+    assert url == f"http://localhost:{port}"
+    assert await get(f"http://127.0.0.1:{port}") == "here"
+    if has_ipv6():
+        assert await get(f"http://[::1]:{port}") == "here"
+
+
+async def test_no_host_without_ipv6_means_ipv4(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> socket.socket:
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    await server.start([":0"])
+    port = server.urls[0].rpartition(":")[2]
+    assert await get(f"http://127.0.0.1:{port}") == "here"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+async def test_ipv6_address(server: WebServer) -> None:
+    await server.start(["[::1]:0"])
+    assert server.urls[0].startswith("http://[::1]:")
+    assert await get(server.urls[0]) == "here"
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", ":{}"])
+async def test_a_port_in_use_is_one_sentence_and_leaves_nothing_open(server: WebServer, form: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError) as caught:
+            await server.start(["127.0.0.1:0", form.format(port)])
+    message = str(caught.value)
+    assert message.startswith(f"Cannot listen on {form.format(port)}: the port is in use")
+    assert f"sport = :{port}" in message
+    assert "--web.listen-address" in message
+    assert "\n" not in message
+    assert server.urls == ()
+
+
+async def test_an_address_of_another_machine(server: WebServer) -> None:
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1:0: this machine has no such address"):
+        await server.start(["192.0.2.1:0"])
+
+
+async def test_an_unknown_host_name(server: WebServer) -> None:
+    with pytest.raises(ListenError, match=r"the host name nowhere\.invalid is unknown"):
+        await server.start(["nowhere.invalid:0"])
+
+
+async def test_stop_lets_a_running_request_finish_and_closes_idle_connections() -> None:
+    server = WebServer(app(delay_seconds=0.2), shutdown_seconds=5.0)
+    await server.start(["127.0.0.1:0"])
+    [url] = server.urls
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    idle, idle_writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(GET)
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(server.stop(), 5)
+    assert (await reader.read()).endswith(b"here")
+    assert await idle.read() == b""
+    for each in (writer, idle_writer):
+        each.close()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(host, int(port))
+
+
+async def test_a_malformed_request_gets_an_answer_without_versions(server: WebServer) -> None:
+    await server.start(["127.0.0.1:0"])
+    answer = await raw(server.urls[0], b"\x16\x03\x01\x00 nonsense\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.0 400") or answer.startswith(b"HTTP/1.1 400")
+    assert b"Server: jouletrace\r\n" in answer
+    assert b"aiohttp" not in answer
+    assert b"ython" not in answer
+
+
+async def test_headers_have_a_limit(server: WebServer) -> None:
+    await server.start(["127.0.0.1:0"])
+    long = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 9000 + b"\r\n\r\n"
+    assert b" 400 " in (await raw(server.urls[0], long)).partition(b"\r\n")[0]
+
+
+async def test_idle_connections_are_closed_after_the_keep_alive_time(server: WebServer) -> None:
+    await server.start(["127.0.0.1:0"], keep_alive_seconds=0.05)
+    # read() returns when the server closes, which it does well within raw's 10 s.
+    assert (await raw(server.urls[0], GET)).endswith(b"here")
