@@ -173,6 +173,7 @@ class Daemon:
             self._source.clock.now_ns(),
             self._config.readiness.stale_after,
             self.sampler.heartbeat_age_seconds,
+            self.sampler.overdue_call,
         )
 
     def _end(self, failure: BaseException | None) -> None:

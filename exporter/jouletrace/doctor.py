@@ -206,8 +206,7 @@ def render(source: Source, examinations: Sequence[Examination]) -> str:
         chosen = one.capabilities.energy_source
         lines.append(f"  energy from {chosen} ({QUALITY[chosen]})" if chosen else "  energy: not measurable")
         lines.append(f"    {'sensor':<16}{'works':<7}{'updates every':>14}{'a read costs':>14}")
-        for sensor in Sensor:
-            lines.append(_sensor_line(one.capabilities, sensor))
+        lines += [_sensor_line(one.capabilities, sensor) for sensor in Sensor]
         lines.append(f"    {'readings':<16}{'works':<7}{'':>14}{'a read costs':>14}")
         for name, tier in one.tiers.items():
             cost = "" if tier.milliseconds is None else f"{tier.milliseconds:.2f} ms"

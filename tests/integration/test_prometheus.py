@@ -143,8 +143,9 @@ def recorded_joules(recorded: Recorded, scrapes: Scrapes, process_start: float) 
     """
 
     def truth(start: float) -> NDArray[np.float64]:
-        energy = recorded.energy(scrapes.energy_ends - start)
-        return np.subtract(energy, energy[0])
+        joules: NDArray[np.float64] = recorded.energy(scrapes.energy_ends - start)
+        joules -= joules[0]
+        return joules
 
     measured = scrapes.joules - scrapes.joules[0]
     candidates = process_start + np.arange(-5.0, 5.0, 0.01)

@@ -155,7 +155,8 @@ SHIM_EXPORT nvmlReturn_t nvmlDeviceGetCount_v2(unsigned *count) {
   return NVML_SUCCESS;
 }
 
-static struct device *find_device(bool (*matches)(const struct device *device, const void *wanted), const void *wanted) {
+static struct device *find_device(bool (*matches)(const struct device *device, const void *wanted),
+                                  const void *wanted) {
   for (int gpu = 0; gpu < scenario.device_count; gpu++)
     if (matches(&scenario.devices[gpu], wanted))
       return &scenario.devices[gpu];
@@ -457,8 +458,8 @@ static nvmlReturn_t put_field(const struct device *device, nvmlFieldValue_t *val
   case 189:
   case 190:
   case 192: {
-    const unsigned limits[] = {device->limit_min_mw, device->limit_max_mw, device->limit_default_mw, device->limit_mw, 0,
-                               device->limit_mw};
+    const unsigned limits[] = {device->limit_min_mw, device->limit_max_mw, device->limit_default_mw,
+                               device->limit_mw,     0 /* 191 */,          device->limit_mw};
     return value->scopeId == SCOPE_GPU ? put_u32(value, limits[value->fieldId - 187]) : NVML_ERROR_NOT_SUPPORTED;
   }
   case 197:
@@ -682,8 +683,9 @@ SHIM_EXPORT nvmlReturn_t nvmlDeviceGetTotalEccErrors(nvmlDevice_t handle, unsign
   return NVML_SUCCESS;
 }
 
-SHIM_EXPORT nvmlReturn_t nvmlDeviceGetMemoryErrorCounter(nvmlDevice_t handle, unsigned error_type, unsigned counter_type,
-                                                         unsigned location, unsigned long long *count) {
+SHIM_EXPORT nvmlReturn_t nvmlDeviceGetMemoryErrorCounter(nvmlDevice_t handle, unsigned error_type,
+                                                         unsigned counter_type, unsigned location,
+                                                         unsigned long long *count) {
   ENTER_DEVICE(nvmlDeviceGetMemoryErrorCounter, handle, count);
   if (error_type > 1 || counter_type > 1)
     return NVML_ERROR_INVALID_ARGUMENT;
@@ -757,7 +759,8 @@ static unsigned sampled_processes(const struct visit *visit, uint64_t since_us, 
   unsigned count = 0;
   for (int i = 0; i < device->process_count; i++) {
     const struct process *process = &device->processes[i];
-    unsigned sm = (unsigned)llround(level_integral(device, process->sm_percent, end_ns - 200 * NS_PER_MS, end_ns) / 0.2);
+    double percent_s = level_integral(device, process->sm_percent, end_ns - 200 * NS_PER_MS, end_ns);
+    unsigned sm = (unsigned)llround(percent_s / 0.2);
     if (!process_runs(process, end_ns) || sm == 0)
       continue;
     if (count < capacity)

@@ -356,10 +356,11 @@ static void read_device(struct parser *p) {
     snprintf(device->name, sizeof device->name, "%s", text);
   take_u32(p, "architecture", &device->architecture);
 
-  take_sensor(p, "instant", &device->instant, (struct sensor){.period_ns = 100 * NS_PER_MS, .window_ns = 100 * NS_PER_MS});
-  take_sensor(p, "average", &device->average, (struct sensor){.period_ns = 100 * NS_PER_MS, .window_ns = NS_PER_S});
+  const int64_t refresh_ns = 100 * NS_PER_MS;
+  take_sensor(p, "instant", &device->instant, (struct sensor){.period_ns = refresh_ns, .window_ns = refresh_ns});
+  take_sensor(p, "average", &device->average, (struct sensor){.period_ns = refresh_ns, .window_ns = NS_PER_S});
   struct sensor counter = {.period_ns = device->counter_period_ns};
-  take_sensor(p, "counter", &counter, (struct sensor){.period_ns = 100 * NS_PER_MS});
+  take_sensor(p, "counter", &counter, (struct sensor){.period_ns = refresh_ns});
   device->counter_period_ns = counter.period_ns;
   take_ring(p, "ring", &device->power_ring, (struct ring){.depth = 119, .period_ns = 20 * NS_PER_MS, .jitter = true});
   take_ring(p, "util_ring", &device->utilization_ring, (struct ring){.depth = 71, .period_ns = 200 * NS_PER_MS});
@@ -791,7 +792,7 @@ static void read_fault(struct parser *p) {
 /* ---- whole files ---- */
 
 static void read_epoch(struct parser *p) {
-  uint64_t ns;
+  uint64_t ns = 0;
   if (!take_unsigned(p, "ns", &ns))
     fail(p, "epoch: needs ns=");
   scenario.has_epoch = true;

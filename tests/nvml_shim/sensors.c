@@ -71,7 +71,8 @@ uint64_t sensor_energy_mj(const struct device *device, int64_t t_ns) {
  * on which 0.7 % of the slots are dropped and 6 % of the samples come up to 6 ms early or 8 ms late; the rest jitters
  * by 0.1 ms. Everything scales with the period. */
 static bool slot_dropped(const struct device *device, int64_t slot) {
-  return hash64(device->seed, 10, (uint64_t)slot) % 1000 < 7 && hash64(device->seed, 10, (uint64_t)(slot - 1)) % 1000 >= 7;
+  return hash64(device->seed, 10, (uint64_t)slot) % 1000 < 7 &&
+         hash64(device->seed, 10, (uint64_t)(slot - 1)) % 1000 >= 7; /* never two in a row */
 }
 
 static int64_t slot_end_ns(const struct device *device, const struct ring *ring, int64_t slot) {

@@ -55,8 +55,8 @@ class BuildError(RuntimeError):
 def build(cache_dir: Path = BUILD_FOLDER, without: Sequence[str] = (), flags: Sequence[str] = ()) -> Path:
     """Compile the library, or find it compiled; return the path of ``libnvidia-ml.so.1``.
 
-    The default folder is shared by all tests of a checkout, and has to be by those that load the library into one
-    process: a second copy from elsewhere would be a second driver.
+    The default folder is shared by all tests of a checkout, and has to be by those that load the library into
+    one process: a second copy from elsewhere would be a second driver.
 
     ``without`` names functions that the library shall not export, as a driver too old to have them. ``flags``
     are added to the compiler's. The result lies in a folder of ``cache_dir`` named after the sources and the
@@ -158,10 +158,7 @@ class Ramp:
 
     def text(self) -> str:
         """Return the words of the ``power`` directive."""
-        return (
-            f"ramp low_w={self.low_watts} high_w={self.high_watts}"
-            f" period_s={self.period_s} phase_s={self.phase_s}"
-        )
+        return f"ramp low_w={self.low_watts} high_w={self.high_watts} period_s={self.period_s} phase_s={self.phase_s}"
 
 
 @dataclass(frozen=True)
@@ -189,9 +186,7 @@ class PowerFile:
 
     def text(self) -> str:
         """Return the words of the ``power`` directive."""
-        more = _settings(
-            {"path": str(self.path), "active_above_w": self.active_above_watts, "repeat_s": self.repeat_s}
-        )
+        more = _settings({"path": str(self.path), "active_above_w": self.active_above_watts, "repeat_s": self.repeat_s})
         return f"file {more}"
 
 
@@ -301,9 +296,7 @@ class Fault:
         return cls._make("burn" if burn else "", call=call, latency_us=latency_us, **when)
 
     @classmethod
-    def garbage(
-        cls, call: str, *, value: float | None = None, field: int | None = None, **when: float | None
-    ) -> Fault:
+    def garbage(cls, call: str, *, value: float | None = None, field: int | None = None, **when: float | None) -> Fault:
         """``call`` succeeds with ``value``, by default what real drivers show: all ones, 255 degrees, NaN."""
         return cls._make("garbage", call=call, value=value, field=field, **when)
 

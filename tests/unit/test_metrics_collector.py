@@ -24,9 +24,7 @@ def test_only_devices_that_answer_are_readable() -> None:
 def test_a_value_that_is_absent_makes_no_series() -> None:
     blind = replace(full_device(1), power_watts=None)
     family = per_device(names.GPU_POWER_WATTS, [full_device(0), blind], lambda d: d.power_watts)
-    assert [(s.name, s.labels["gpu"], s.value) for s in family.samples] == [
-        ("jouletrace_gpu_power_watts", "0", 431.25)
-    ]
+    assert [(s.name, s.labels["gpu"], s.value) for s in family.samples] == [("jouletrace_gpu_power_watts", "0", 431.25)]
 
 
 def test_zero_is_a_value() -> None:

@@ -73,9 +73,7 @@ def test_every_name_is_in_the_golden_exposition_with_help_and_type(metric: names
     assert f"# TYPE {metric.name} {metric.type}\n" in text
     suffix = "_count" if metric.type == "summary" else ""
     lines = [
-        line
-        for line in text.splitlines()
-        if line.startswith((metric.name + suffix + "{", metric.name + suffix + " "))
+        line for line in text.splitlines() if line.startswith((metric.name + suffix + "{", metric.name + suffix + " "))
     ]
     assert lines
     for kind in metric.values:

@@ -46,9 +46,7 @@ def app(
     full = registry or node_registry(
         lambda: snapshot, now_ns=lambda: NOW_NS, heartbeat_age_seconds=lambda: 0.1, stale_after_seconds=5.0
     )
-    return application(
-        snapshot=lambda: snapshot, registry=full, readiness=lambda: verdict, telemetry_path=path
-    )
+    return application(snapshot=lambda: snapshot, registry=full, readiness=lambda: verdict, telemetry_path=path)
 
 
 async def test_metrics_as_text(aiohttp_client: Client) -> None:
@@ -132,9 +130,7 @@ async def test_rendering_never_runs_on_the_loop_and_has_a_limit(aiohttp_client: 
     registry = CollectorRegistry()
     registry.register(slow)
     client = await aiohttp_client(app(registry=registry))
-    waiting: list[asyncio.Task[ClientResponse]] = [
-        asyncio.create_task(client.get("/metrics")) for _ in range(4)
-    ]
+    waiting: list[asyncio.Task[ClientResponse]] = [asyncio.create_task(client.get("/metrics")) for _ in range(4)]
     try:
         for _ in waiting:
             assert await asyncio.to_thread(slow.started.acquire, timeout=20)

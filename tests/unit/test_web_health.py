@@ -33,11 +33,7 @@ def test_each_bad_device_gets_one_line() -> None:
 
 def test_a_lost_device_without_words_gets_some() -> None:
     silent = replace(lost_device(0), problem="")
-    assert (
-        judged(node_snapshot(silent))
-        .reasons[0]
-        .endswith("It is lost; jouletrace looks for it again and again.")
-    )
+    assert judged(node_snapshot(silent)).reasons[0].endswith("It is lost; jouletrace looks for it again and again.")
 
 
 def test_an_old_sample_is_not_fresh() -> None:
@@ -45,8 +41,7 @@ def test_an_old_sample_is_not_fresh() -> None:
     assert judged(node, later_seconds=4).ready
     late = judged(node, later_seconds=5)
     assert late.reasons == (
-        "GPU 0 (GPU-3b7c1f0e-5d1a-4c52-9d2b-000000000000): "
-        "Its newest energy sample is 5.8 s old; 5 s is the limit.",
+        "GPU 0 (GPU-3b7c1f0e-5d1a-4c52-9d2b-000000000000): Its newest energy sample is 5.8 s old; 5 s is the limit.",
     )
 
 

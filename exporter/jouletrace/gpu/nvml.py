@@ -173,7 +173,8 @@ class NvmlSource:
         """
         if not hasattr(pynvml, "_nvmlGetFunctionPointer"):
             raise NoDriverError(
-                "the installed `pynvml` module is not NVIDIA's: run `pip uninstall pynvml` and `pip install nvidia-ml-py`"
+                "the installed `pynvml` module is not NVIDIA's: run `pip uninstall pynvml`, then `pip install"
+                " --force-reinstall nvidia-ml-py`"
             )
         try:
             pynvml.nvmlInit()

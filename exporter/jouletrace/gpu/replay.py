@@ -133,9 +133,7 @@ class _Track:
         self.values = stream.values
         self._t_ns = stream.t_ns
         self._course = course
-        self.before, past = (
-            int(i) for i in np.searchsorted(stream.t_ns, [course.begin_ns, course.end_ns], "right")
-        )
+        self.before, past = (int(i) for i in np.searchsorted(stream.t_ns, [course.begin_ns, course.end_ns], "right"))
         """Rows up to the begin."""
         self._per_lap = past - self.before
         steps = np.diff(np.unique(stream.t_ns))
@@ -176,9 +174,7 @@ class _Track:
         numbers = np.arange(first, end)
         laps = np.maximum(numbers, 0) // max(1, self._per_lap)
         rows = self.before + numbers - laps * self._per_lap
-        return self._t_ns[rows] + (
-            self._course.origin_ns - self._course.begin_ns + laps * self._course.lap_ns
-        ), rows
+        return self._t_ns[rows] + (self._course.origin_ns - self._course.begin_ns + laps * self._course.lap_ns), rows
 
     def value(self, column: str, number: int) -> float | None:
         """Return one cell, None when it holds nothing."""
@@ -438,9 +434,7 @@ def _replayable(recording: trace.Recording) -> trace.Recording:
         if given.all():
             kept = stream
         else:
-            kept = trace.Stream(
-                stream.t_ns[given], {key: cells[given] for key, cells in stream.values.items()}
-            )
+            kept = trace.Stream(stream.t_ns[given], {key: cells[given] for key, cells in stream.values.items()})
         if len(kept):
             streams[name] = kept
     return replace(recording, streams=streams)

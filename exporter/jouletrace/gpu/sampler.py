@@ -531,7 +531,9 @@ class Sampler:
         """Note a failed read; after some time without any good one the device counts as lost."""
         now_ns = self.source.clock.now_ns()
         account.failing_since_ns = account.failing_since_ns or now_ns
-        account.problem = f"{failure}"
+        account.problem = str(failure)
+        # What was read before is not true any more, and absent is better than old.
+        account.power = account.state = account.health = account.activity = None
         self._transitions.failed(
             f"device {account.device.info.uuid}",
             "GPU read fails",
@@ -547,7 +549,7 @@ class Sampler:
         info = account.device.info
         if account.status is not DeviceStatus.LOST:
             account.status = DeviceStatus.LOST
-            account.problem = f"GPU {info.gpu} is lost: {failure}"
+            account.problem = f"lost ({failure}); it is picked up again when it returns"
             account.retry_seconds = RETRY_FIRST_SECONDS
             self._transitions.failed(
                 f"device {info.uuid}", "GPU lost", gpu=info.gpu, uuid=info.uuid, error=str(failure)

@@ -6,9 +6,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 
-def render(
-    registry: CollectorRegistry, accept_header: str, names_filter: Collection[str] = ()
-) -> tuple[bytes, str]:
+def render(registry: CollectorRegistry, accept_header: str, names_filter: Collection[str] = ()) -> tuple[bytes, str]:
     """Return the exposition and its Content-Type, in the format that the Accept header asks for.
 
     OpenMetrics 1.0.0 when it is accepted, else Prometheus text, which is also the answer to an odd or empty

@@ -197,8 +197,7 @@ GPU_XID_ERRORS = Metric(
 GPU_ECC_ERRORS = Metric(
     "jouletrace_gpu_ecc_errors_total",
     "counter",
-    "Memory errors that ECC found since the driver was loaded. An uncorrected one killed the work that "
-    "met it.",
+    "Memory errors that ECC found since the driver was loaded. An uncorrected one killed the work that met it.",
     (*_DEVICE, "kind"),
     ("corrected", "uncorrected"),
 )
@@ -251,8 +250,7 @@ SAMPLE_AGE_SECONDS = Metric(
 SENSOR_UPDATE_INTERVAL_SECONDS = Metric(
     "jouletrace_sensor_update_interval_seconds",
     "gauge",
-    "Interval at which a sensor of the GPU gives a new value, in seconds, as measured here and not as "
-    "documented.",
+    "Interval at which a sensor of the GPU gives a new value, in seconds, as measured here and not as documented.",
     ("gpu", "sensor"),
     tuple(Sensor),
 )
@@ -279,8 +277,7 @@ REJECTED_SAMPLES = Metric(
 HARDWARE_ENERGY_RESETS = Metric(
     "jouletrace_hardware_energy_resets_total",
     "counter",
-    "Times that the hardware energy counter went backwards. jouletrace_gpu_energy_joules_total goes on "
-    "regardless.",
+    "Times that the hardware energy counter went backwards. jouletrace_gpu_energy_joules_total goes on regardless.",
     _DEVICE,
 )
 DRIVER_CALL_SECONDS = Metric(
@@ -304,14 +301,12 @@ SAMPLER_CPU_SECONDS = Metric(
 SAMPLER_STRETCH_RATIO = Metric(
     "jouletrace_sampler_stretch_ratio",
     "gauge",
-    "Factor by which the sampler has lengthened its intervals to stay within its CPU budget; 1 means as "
-    "configured.",
+    "Factor by which the sampler has lengthened its intervals to stay within its CPU budget; 1 means as configured.",
 )
 COLLECTOR_SUCCESS = Metric(
     "jouletrace_collector_success",
     "gauge",
-    "1 when this part of the page could be made, 0 when it failed and its metrics are missing; the log "
-    "has the cause.",
+    "1 when this part of the page could be made, 0 when it failed and its metrics are missing; the log has the cause.",
     ("collector",),
 )
 

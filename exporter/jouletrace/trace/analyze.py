@@ -151,16 +151,14 @@ def phases_of(recording: Recording) -> tuple[list[Phase], list[str]]:
         if end_ns is None:
             following = (other["t_ns"] for other in starts[number + 1 :])
             end_ns = next(following, max(recording_end_ns, start["t_ns"]))
-            warnings.append(
-                f"Phase {start['phase']} at {start['t_ns']} has no end: taken to last until {end_ns}."
-            )
+            warnings.append(f"Phase {start['phase']} at {start['t_ns']} has no end: taken to last until {end_ns}.")
         labels = {key: value for key, value in start.items() if key not in ("t_ns", "kind", "phase")}
         phases.append(Phase(start["phase"], labels, start["t_ns"], end_ns))
     return phases, warnings
 
 
 def render_table(result: Mapping[str, Any]) -> str:
-    """Return the result of `analyze` as text: one line a phase, then the whole and the warnings."""
+    """Return the result of `analyze` as lines: one a phase, then the whole and the warnings."""
     rows = [("phase", "seconds", "watts", "joules", "low", "high")]
     for phase in result["phases"]:
         joules, watts = phase["energy_joules"], phase["average_watts"]
@@ -187,7 +185,7 @@ def render_table(result: Mapping[str, Any]) -> str:
         total += f"; hardware counter {counter:,.1f} J ({100 * (energy / counter - 1):+.3f} %)"
     lines.append(total)
     lines += [f"warning: {warning}" for warning in result["warnings"]]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _percent(bound_joules: float, joules: float) -> str:
@@ -264,10 +262,7 @@ def _run(meter: Meter, recording: Recording, windows: Sequence[_Window]) -> None
                 window.add(meter, from_ns, cut_ns)
 
     for _ in _feed(meter, recording):
-        if (
-            meter.timeline is not None
-            and meter.timeline.end_ns - (cut_ns or meter.timeline.start_ns) >= CUT_NS
-        ):
+        if meter.timeline is not None and meter.timeline.end_ns - (cut_ns or meter.timeline.start_ns) >= CUT_NS:
             add_up_to_now()
     meter.flush()
     add_up_to_now()
@@ -299,9 +294,7 @@ def _feed(meter: Meter, recording: Recording) -> Iterator[None]:
         yield
 
 
-def _feed_counter_and_power(
-    meter: Meter, recording: Recording, counter: _Rows, then_ns: int, now_ns: int
-) -> None:
+def _feed_counter_and_power(meter: Meter, recording: Recording, counter: _Rows, then_ns: int, now_ns: int) -> None:
     readings: list[CounterReading | PowerReading] = list(_polled(recording, then_ns, now_ns))
     readings += (_counter_reading(counter, at) for at in range(len(counter.t_ns)))
     for reading in sorted(readings, key=lambda one: one.t_ns):
@@ -352,9 +345,7 @@ def _phase_result(phase: Phase, window: _Window, warnings: list[str]) -> dict[st
 
 def _warn_of_sensors(meter: Meter, warnings: list[str]) -> None:
     if meter.gap_seconds:
-        warnings.append(
-            f"{meter.gap_seconds:.2f} s have no samples: filled from the energy counter or by estimate."
-        )
+        warnings.append(f"{meter.gap_seconds:.2f} s have no samples: filled from the energy counter or by estimate.")
     if meter.rejected_samples:
         warnings.append(f"{meter.rejected_samples} readings were out of range and left out.")
     if meter.counter_resets:

@@ -87,9 +87,7 @@ def record(
     Raises RecordingError when a file exists already, cannot be written, or a device has no sensor to record.
     """
     clock = source.clock
-    recordings = [
-        _DeviceRecording(device, _device_path(Path(path), device, devices), rates) for device in devices
-    ]
+    recordings = [_DeviceRecording(device, _device_path(Path(path), device, devices), rates) for device in devices]
     for one in recordings:
         if one.path.exists():
             raise trace.RecordingError(f"{one.path}: exists already; remove it or name another file")
@@ -98,9 +96,7 @@ def record(
         snapshot = one.snapshot()
         if not snapshot.streams:
             reason = one.problem or "none of its sensors could be read; see `jouletrace doctor`"
-            raise trace.RecordingError(
-                f"{one.path}: nothing to record of GPU {one.device.info.gpu}: {reason}"
-            )
+            raise trace.RecordingError(f"{one.path}: nothing to record of GPU {one.device.info.gpu}: {reason}")
         trace.write(one.path, snapshot)
     end_ns = None if seconds is None else clock.now_ns() + round(seconds * 1e9)
     saver = _Saver(recordings)
@@ -160,9 +156,7 @@ class _Table:
     def stream(self, required: Sequence[str]) -> trace.Stream | None:
         """Return a copy without the columns that never had a value; None when nothing is left."""
         columns = {name: np.array(cells, np.float64) for name, cells in self._cells.items()}
-        kept = {
-            name: cells for name, cells in columns.items() if name in required or np.isfinite(cells).any()
-        }
+        kept = {name: cells for name, cells in columns.items() if name in required or np.isfinite(cells).any()}
         return trace.Stream(np.array(self._t_ns, np.int64), kept) if self._t_ns and kept else None
 
 
@@ -236,20 +230,14 @@ class _DeviceRecording:
             "fb_total_mib": _scaled(info.memory_total_bytes, 2.0**-20),
             "jouletrace": __version__,
         }
-        found = {
-            name: table.stream(trace.REQUIRED_COLUMNS.get(name, ())) for name, table in self._tables.items()
-        }
+        found = {name: table.stream(trace.REQUIRED_COLUMNS.get(name, ())) for name, table in self._tables.items()}
         streams = {name: stream for name, stream in found.items() if stream is not None}
-        return trace.Recording(
-            {key: value for key, value in meta.items() if value}, streams, tuple(self._events)
-        )
+        return trace.Recording({key: value for key, value in meta.items() if value}, streams, tuple(self._events))
 
     def result(self) -> RecordedFile:
         """Return what became of the recording."""
         streams = self.snapshot().streams.values()
-        seconds = (
-            (max(s.t_ns[-1] for s in streams) - min(s.t_ns[0] for s in streams)) / 1e9 if streams else 0.0
-        )
+        seconds = (max(s.t_ns[-1] for s in streams) - min(s.t_ns[0] for s in streams)) / 1e9 if streams else 0.0
         return RecordedFile(self.path, float(seconds), self.problem)
 
     def _read(self, sensor: _Sensor, clock: Clock) -> None:
@@ -306,10 +294,7 @@ class _DeviceRecording:
             table.add(reading.start_ns, {})
         cells: dict[str, float | None] = {trace.DRAM_COLUMN: _scaled(reading.dram_ratio, 1e2)}
         cells |= {trace.PIPE_COLUMNS[pipe]: _scaled(ratio, 1e2) for pipe, ratio in reading.busy_ratio.items()}
-        cells |= {
-            trace.LINK_COLUMNS[link]: _scaled(rate, 2.0**-20)
-            for link, rate in reading.bytes_per_second.items()
-        }
+        cells |= {trace.LINK_COLUMNS[link]: _scaled(rate, 2.0**-20) for link, rate in reading.bytes_per_second.items()}
         table.add(reading.end_ns, cells)
 
     def _read_state(self) -> None:
@@ -327,9 +312,7 @@ class _DeviceRecording:
         self._tables[trace.STATE].add(reading.t_ns, cells)
         throttled = self._tables[trace.VIOLATION]
         if reading.throttled_ns and reading.t_ns - throttled.last_ns >= self._throttle_ns:
-            row = {
-                trace.THROTTLE_COLUMNS[reason]: float(spent) for reason, spent in reading.throttled_ns.items()
-            }
+            row = {trace.THROTTLE_COLUMNS[reason]: float(spent) for reason, spent in reading.throttled_ns.items()}
             throttled.add(reading.t_ns, row)
 
     def _read_health(self) -> None:

@@ -168,9 +168,7 @@ def read(path: str | os.PathLike[str], streams: Collection[str] | None = None) -
         # parse_constant: Python's own writers put NaN where a number is missing, which JSON does not know.
         document = json.loads(text, parse_constant=lambda _: None, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        _refuse(
-            file, f"is not JSON inside ({error})", "it is no recording, or a damaged one: take another copy"
-        )
+        _refuse(file, f"is not JSON inside ({error})", "it is no recording, or a damaged one: take another copy")
     del text
     if not isinstance(document, dict):
         _refuse(file, "holds no JSON object", "give a file that `jouletrace record` wrote")
@@ -381,8 +379,7 @@ def _cells(column: NDArray[np.float64]) -> Sequence[int | float | None]:
         whole: list[int] = column.astype(np.int64).tolist()
         return whole
     return [
-        None if not np.isfinite(value) else int(value) if value.is_integer() else value
-        for value in column.tolist()
+        None if not np.isfinite(value) else int(value) if value.is_integer() else value for value in column.tolist()
     ]
 
 

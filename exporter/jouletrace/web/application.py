@@ -55,9 +55,7 @@ class MetricsPage:
         wanted = request.query.getall("name[]", ())
         compress = accepts_gzip(",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, ())))
         self._rendering += 1
-        rendering = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._render, accept, wanted, compress
-        )
+        rendering = asyncio.get_running_loop().run_in_executor(self._threads, self._render, accept, wanted, compress)
         # Counted down when the thread is done, not when the client has gone.
         rendering.add_done_callback(self._done)
         body, content_type = await asyncio.shield(rendering)
@@ -107,9 +105,7 @@ def application(
         return web.Response(text=text, status=200 if now.ready else 503)
 
     async def landing(_: web.Request) -> web.Response:
-        page = landing_page(
-            snapshot(), readiness(), version=jouletrace.__version__, telemetry_path=telemetry_path
-        )
+        page = landing_page(snapshot(), readiness(), version=jouletrace.__version__, telemetry_path=telemetry_path)
         headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
         return web.Response(text=page, content_type="text/html", headers=headers)
 
@@ -147,9 +143,7 @@ def accepts_gzip(accept_encoding: str) -> bool:
     return weights.get("gzip", weights.get("*", False))
 
 
-def _error(
-    request: web.Request, status: int, message: str, error: web.HTTPException | None = None
-) -> web.Response:
+def _error(request: web.Request, status: int, message: str, error: web.HTTPException | None = None) -> web.Response:
     message = message.strip()
     if request.path.startswith(API_PREFIX):
         response = web.json_response({"error": {"status": status, "message": message}}, status=status)

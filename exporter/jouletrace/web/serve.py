@@ -159,8 +159,7 @@ def _listen_error(address: str, error: OSError) -> ListenError:
         errno.EADDRINUSE: "the port is in use, perhaps by another jouletrace; "
         f"`ss -ltnp 'sport = :{port}'` shows by whom: stop that, or choose another port "
         "with --web.listen-address.",
-        errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE; choose a higher one "
-        "with --web.listen-address.",
+        errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE; choose a higher one with --web.listen-address.",
         errno.EADDRNOTAVAIL: "this machine has no such address; `ip address` shows those it has.",
     }
     reason = reasons.get(error.errno or 0, f"{error.strerror}.")

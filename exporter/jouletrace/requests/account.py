@@ -1,0 +1,112 @@
+"""What the ledger answers: joules of a request, and the frozen account that the views read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from jouletrace.requests.records import Status, Unit
+
+
+class Phase(StrEnum):
+    """The part of a request's life that energy went to."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Method(StrEnum):
+    """How a request's energy was found; the better one first."""
+
+    STEPS = "steps"
+    """Exact membership of each step."""
+    STEP_COUNTS = "step_counts"
+    """Steps without ids: the request's part of the curves of joules per sequence and per prefill token."""
+    BOUNDARIES_EXCLUSIVE = "boundaries_exclusive"
+    """Request boundaries; prefill owns the GPU."""
+    BOUNDARIES_CALIBRATED = "boundaries_calibrated"
+    """Request boundaries; prefill shares steps, split by a calibrated law."""
+    BOUNDARIES_PRIOR = "boundaries_prior"
+    """Request boundaries; prefill shares steps, split by a roofline prior."""
+
+
+class Taken(StrEnum):
+    """What became of a record: accepted, or why not (the reason of `events_dropped_total`)."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    LATE = "late"
+    """Its time is settled or no longer in the timeline."""
+    FUTURE = "future"
+    UNKNOWN_ENGINE = "unknown_engine"
+    UNKNOWN_DEVICE = "unknown_device"
+    OVERFLOW = "overflow"
+    """A bound of the configuration is reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnergy:
+    """What a request used, joules. `low` and `high` bound it by the sensor and the method."""
+
+    request_id: str
+    engine_id: str
+    model: str
+    tenant: str
+    status: Status
+    energy_joules: float
+    low: float
+    high: float
+    prefill_joules: float
+    decode_joules: float
+    fixed_joules: float
+    """Its part of what a step costs however many take part: weight streaming, static power while busy."""
+    marginal_joules: float
+    joules_per_output_token: float | None
+    method: Method
+    final: bool
+    """Whether the energy up to its end is in the timeline and settled; else all of this may still change."""
+    arrival_ns: int
+    end_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """A histogram of joules per request: cumulative counts by upper bound, as Prometheus wants them."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    """One more than bounds: the last is +Inf's."""
+    total_joules: float
+    exemplars: tuple[tuple[str, float, int] | None, ...]
+    """Per bucket the newest (trace_id, joules, wall ns), or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerSnapshot:
+    """The account of the node at one moment. All joules are totals that never go down.
+
+    For every device: attributed + pending (of its engines) + idle + unattributed = device energy, to rounding.
+    """
+
+    settled_ns: int = 0
+    device_joules: Mapping[str, float] = field(default_factory=dict)
+    """By uuid: the energy that has been distributed so far."""
+    attributed_joules: Mapping[tuple[str, str, str, Phase], float] = field(default_factory=dict)
+    """By model, tenant, engine, phase (usage basis)."""
+    allocated_joules: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
+    """By model, tenant, engine (idle of held devices included)."""
+    idle_joules: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """By uuid and kind (bare, parked)."""
+    unattributed_joules: Mapping[str, float] = field(default_factory=dict)
+    pending_joules: Mapping[str, float] = field(default_factory=dict)
+    """By engine: used by requests whose model and tenant are not known yet."""
+    request_joules: Mapping[str, Buckets] = field(default_factory=dict)
+    """By model."""
+    requests: Mapping[tuple[str, str, Status], int] = field(default_factory=dict)
+    """Ended requests by model, tenant, status."""
+    in_flight: Mapping[str, int] = field(default_factory=dict)
+    """By engine."""
+    tokens: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    """By model, tenant, direction (input, cached_input, output)."""
+    units: Mapping[tuple[str, str, Unit], int] = field(default_factory=dict)
+    coverage: Mapping[str, float] = field(default_factory=dict)
+    """By engine: attributed part of its busy energy over the last minutes, 0 to 1."""
