@@ -5,9 +5,10 @@ from pathlib import Path
 
 from jouletrace.config import reference_markdown as configuration
 from jouletrace.metrics.names import reference_markdown as metrics
+from jouletrace.web.schema import records_schema
 
 DOCS = Path(__file__).parent
-PAGES = {"configuration.md": configuration, "metrics.md": metrics}
+PAGES = {"configuration.md": configuration, "metrics.md": metrics, "schema/records.schema.json": records_schema}
 
 
 def main() -> int:

@@ -1,6 +1,9 @@
 """Snapshots that several tests look at."""
 
 from jouletrace.gpu.readings import DeviceInfo, Pipe, Sensor, ThrottleReason
+from jouletrace.requests.account import Buckets, LedgerSnapshot, Phase
+from jouletrace.requests.inbox import Events
+from jouletrace.requests.records import Status, Unit
 from jouletrace.snapshot import DeviceSnapshot, DeviceStatus, NodeSnapshot, SamplerSnapshot
 
 NOW_NS = 1_795_373_000_000_000_000
@@ -77,6 +80,54 @@ def lost_device(gpu: int = 1) -> DeviceSnapshot:
         clock_hertz={"sm": 1e9},
         temperature_celsius={"gpu": 40.0},
         xid_errors={79: 1},
+    )
+
+
+def ledger_snapshot() -> LedgerSnapshot:
+    """Return an account of the full device and of one that has never been seen since the start."""
+    uuid, unseen = full_device(0).info.uuid, "GPU-ffffffff-0000-0000-0000-000000000000"
+    llm, image = ("llama-3.1-8b", "acme", "vllm-0"), ("flux", 'quote " tenant', "diffusers")
+    return LedgerSnapshot(
+        settled_ns=NOW_NS - SECOND_NS,
+        device_joules={uuid: 100_000.0, unseen: 10.0},
+        attributed_joules={
+            (*llm, Phase.PREFILL): 20_000.5,
+            (*llm, Phase.DECODE): 50_000.25,
+            (*image, Phase.DECODE): 9_999.25,
+        },
+        allocated_joules={llm: 80_000.0, image: 11_000.0},
+        idle_joules={(uuid, "bare"): 5_000.0, (uuid, "parked"): 7_500.0, (unseen, "bare"): 10.0},
+        unattributed_joules={uuid: 7_000.0, unseen: 0.0},
+        pending_joules={"vllm-0": 500.0},
+        request_joules={
+            "llama-3.1-8b": Buckets(
+                (1.0, 10.0, 100.0),
+                (2, 2, 5, 6),
+                1234.5,
+                (("0af7651916cd43dd8448eb211c80319c", 0.5, NOW_NS), None, ("f" * 32, 99.0, NOW_NS), None),
+            )
+        },
+        requests={
+            ("llama-3.1-8b", "acme", Status.FINISHED): 6,
+            ("llama-3.1-8b", "acme", Status.CANCELLED): 1,
+            ("flux", 'quote " tenant', Status.FAILED): 2,
+        },
+        in_flight={"vllm-0": 17, "diffusers": 0},
+        tokens={
+            ("llama-3.1-8b", "acme", "input"): 4096,
+            ("llama-3.1-8b", "acme", "cached_input"): 1024,
+            ("llama-3.1-8b", "acme", "output"): 512,
+        },
+        units={("flux", 'quote " tenant', unit): 3 + place for place, unit in enumerate(Unit)},
+        coverage={"vllm-0": 0.985},
+    )
+
+
+def events() -> Events:
+    """Return counts of records, some of them dropped."""
+    return Events(
+        {"http": 1000, "datagram": 50},
+        {("http", "invalid"): 3, ("http", "duplicate"): 2, ("datagram", "queue_full"): 5},
     )
 
 

@@ -192,9 +192,11 @@ def _record(options: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     with _opened(options) as (source, devices):
         written = record(source, devices, options.output, seconds=options.seconds, stop=stop)
-    for path in written:
-        print(path)
-    return EXIT_FINE
+    for one in written:
+        print(one.path)
+        if one.problem:
+            _fail(f"{one.path} ends early: {one.problem}", 1)
+    return 1 if any(one.problem for one in written) else EXIT_FINE
 
 
 def _analyze(options: argparse.Namespace) -> int:
@@ -224,7 +226,7 @@ def _measure(options: argparse.Namespace) -> int:
     try:
         outcome = measure.measure(sampler, argv, lambda: failures[0] if failures else None)
     except measure.MeasureError as failure:
-        return _fail(failure, 1)
+        return _fail(failure, failure.exit_code)
     finally:
         sampler.stop()
     if options.json:

@@ -11,8 +11,11 @@ import time
 from typing import Protocol
 
 WALL_NOISE_NS = 2_000_000
-"""Differences between the two clocks below this are read jitter, not a step (two reads take under 1 us; a
-preempted thread was seen to add up to about 1 ms)."""
+"""Differences between the two clocks below this are read jitter, not a step."""
+_READ_NS = 100_000
+_READ_TRIES = 5
+"""The clocks are compared by reading one between two reads of the other, at most this far apart and this often
+(three reads take under 1 us; a thread that is preempted in between adds milliseconds)."""
 
 
 class Clock(Protocol):
@@ -38,7 +41,7 @@ class SystemClock:
     """The clock of a live machine."""
 
     def __init__(self) -> None:
-        self._offset_ns = time.time_ns() - time.monotonic_ns()
+        self._offset_ns = _wall_minus_monotonic_ns()
 
     def now_ns(self) -> int:
         """Return steady epoch nanoseconds."""
@@ -49,7 +52,7 @@ class SystemClock:
 
         NTP slewing moves both clocks alike on Linux, so only a step shows here.
         """
-        step = time.time_ns() - time.monotonic_ns() - self._offset_ns
+        step = _wall_minus_monotonic_ns() - self._offset_ns
         return step if abs(step) > WALL_NOISE_NS else 0
 
     def from_wall(self, wall_ns: int) -> int:
@@ -63,3 +66,14 @@ class SystemClock:
     def wait(self, until_ns: int, wake: threading.Event) -> None:
         """Sleep until `until_ns` or until `wake` is set."""
         wake.wait(max(0.0, (until_ns - self.now_ns()) / 1e9))
+
+
+def _wall_minus_monotonic_ns() -> int:
+    """Return the difference of the two clocks, from the closest of a few tries."""
+    tries: list[tuple[int, int]] = []
+    while len(tries) < _READ_TRIES:
+        before_ns, wall_ns, after_ns = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        tries.append((after_ns - before_ns, wall_ns - (before_ns + after_ns) // 2))
+        if tries[-1][0] <= _READ_NS:
+            break
+    return min(tries)[1]

@@ -120,6 +120,14 @@ def default_state_dir(environment: Mapping[str, str], user_id: int) -> str:
     return "/var/lib/jouletrace"
 
 
+def default_socket(environment: Mapping[str, str], file: str) -> str:
+    """Return where a socket is when nothing is configured: in what systemd made for the service (systemd.exec,
+    RuntimeDirectory=), else nowhere, which is empty.
+    """
+    given = environment.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return str(Path(given, file)) if given.startswith("/") else ""
+
+
 _DURATION = re.compile("(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?(?:([0-9]{1,9})ms)?")
 _HOST_NAME = re.compile("[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
@@ -302,9 +310,7 @@ class _List(Form):
 
     def read(self, raw: object) -> object:
         if not isinstance(raw, list):
-            raise _RefusedError(
-                "is not a list", "write its items in brackets and with commas between, as in [a, b]"
-            )
+            raise _RefusedError("is not a list", "write its items in brackets and with commas between, as in [a, b]")
         values: dict[object, None] = {}
         for item in raw:
             try:
@@ -331,6 +337,7 @@ Switch = Annotated[bool, _Switch()]
 """True or false; the flag has a `--no-` form."""
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "json", "console"]
+SocketAccess = Literal["owner", "group", "everyone"]
 
 
 # --- the tree ---
@@ -373,6 +380,47 @@ class Web(Section, frozen=True):
     ] = "/metrics"
 
 
+class Ingest(Section, frozen=True):
+    """How records of engines, steps and requests come in, besides HTTP."""
+
+    stream_socket: Annotated[
+        str,
+        _Text("PATH", "(/.*|off)?", "an absolute path, off, or nothing"),
+        Meta(
+            description="The Unix stream socket for NDJSON records; if empty, `$RUNTIME_DIRECTORY/ingest.sock`, and "
+            "none without that variable."
+        ),
+    ] = ""
+    datagram_socket: Annotated[
+        str,
+        _Text("PATH", "(/.*|off)?", "an absolute path, off, or nothing"),
+        Meta(
+            description="The Unix datagram socket, for senders that must never wait; if empty, "
+            "`$RUNTIME_DIRECTORY/ingest.dgram`, and none without that variable."
+        ),
+    ] = ""
+    socket_access: Annotated[
+        SocketAccess,
+        Meta(description="Who may write to the sockets: `owner` is mode 0600, `group` 0660, `everyone` 0666."),
+    ] = "group"
+    token_file: Annotated[
+        str,
+        _Text("FILE", "(/.*)?", "an absolute path, or nothing"),
+        Meta(
+            description="A file with the token that every HTTP client of `/v1/` must send as `Authorization: Bearer`; "
+            "if empty, only clients on this machine are answered."
+        ),
+    ] = ""
+    max_body_mebibytes: Annotated[
+        Number, Meta(ge=1, le=256, description="The largest body of one HTTP request, unpacked.")
+    ] = 8.0
+    # A burst of 50,000 must fit. A queued record takes about 1 kB.
+    queue_records: Annotated[
+        Number,
+        Meta(ge=1024, le=500_000, description="Records that may wait to be booked before senders are slowed down."),
+    ] = 65536.0
+
+
 class Sampling(Section, frozen=True):
     """How often the GPUs are read. Longer intervals cost less; energy stays exact with the power ring."""
 
@@ -384,15 +432,19 @@ class Sampling(Section, frozen=True):
     # GPM percentages are wrong over less than 100 ms (measured on an H200).
     activity_interval: Annotated[
         Duration,
-        Meta(
-            ge=0.1, le=10.0, description="How often memory bandwidth, pipe and link activity (GPM) are read."
-        ),
+        Meta(ge=0.1, le=10.0, description="How often memory bandwidth, pipe and link activity (GPM) are read."),
     ] = 0.5
-    state_interval: Annotated[
+    graphics_interval: Annotated[
         Duration,
         Meta(
-            ge=0.1, le=60.0, description="How often clocks, temperatures, memory and throttle state are read."
+            ge=0.1,
+            le=60.0,
+            description="How often the part of the time with any kernel running (GPM) is read; takes 2 ms each.",
         ),
+    ] = 5.0
+    state_interval: Annotated[
+        Duration,
+        Meta(ge=0.1, le=60.0, description="How often clocks, temperatures, memory and throttle state are read."),
     ] = 1.0
     health_interval: Annotated[
         Duration,
@@ -446,9 +498,7 @@ class Driver(Section, frozen=True):
 class Replay(Section, frozen=True):
     """How a recording is played; without effect unless `source` is one."""
 
-    speed: Annotated[
-        Number, Meta(ge=0.1, le=1000, description="How many times faster than it was recorded.")
-    ] = 1.0
+    speed: Annotated[Number, Meta(ge=0.1, le=1000, description="How many times faster than it was recorded.")] = 1.0
     loop: Annotated[Switch, Meta(description="Whether to start over at the end of the recording.")] = True
 
 
@@ -475,6 +525,7 @@ class Config(Section, frozen=True):
     ] = ()
     log: Log = Log()
     web: Web = Web()
+    ingest: Ingest = Ingest()
     sampling: Sampling = Sampling()
     readiness: Readiness = Readiness()
     driver: Driver = Driver()
@@ -547,9 +598,7 @@ KEYS: Mapping[str, Key] = {name: _key(name, field) for name, field in _walk(Conf
 """Every key by its name, in the order of the tree."""
 
 _SECTIONS = {
-    name: (field.type.__doc__ or "").partition("\n")[0]
-    for name, field in _walk(Config, "")
-    if not _is_key(field)
+    name: (field.type.__doc__ or "").partition("\n")[0] for name, field in _walk(Config, "") if not _is_key(field)
 }
 
 
@@ -565,9 +614,7 @@ class _Setting:
     origin: str
 
 
-def load(
-    config_file: Path | None, environment: Mapping[str, str], flags: argparse.Namespace | None
-) -> Config:
+def load(config_file: Path | None, environment: Mapping[str, str], flags: argparse.Namespace | None) -> Config:
     """Return the configuration: defaults, then the file, the environment and the flags, each over the last.
 
     `environment` is the process's; an empty variable counts as not set. `flags` is what a parser with
@@ -582,6 +629,9 @@ def load(
             settings[name] = setting
     if not values.get("state_dir"):
         values["state_dir"] = default_state_dir(environment, os.geteuid())
+    for name, file in (("ingest.stream_socket", "ingest.sock"), ("ingest.datagram_socket", "ingest.dgram")):
+        if not values.get(name):
+            values[name] = default_socket(environment, file)
     config = msgspec.convert(_nested(values), Config)
     _check_combinations(config, settings)
     return config
@@ -620,9 +670,7 @@ def _check_combinations(config: Config, settings: Mapping[str, _Setting]) -> Non
     def refuse(name: str, other: str, problem: str, mend: str) -> NoReturn:
         blamed = name if name in settings else other
         held = (f"{each} {KEYS[each].form.write(KEYS[each].value_in(config))}" for each in (name, other))
-        raise ConfigError(
-            f"{settings[blamed].origin}: {' and '.join(held)} do not go together: {problem}; {mend}"
-        )
+        raise ConfigError(f"{settings[blamed].origin}: {' and '.join(held)} do not go together: {problem}; {mend}")
 
     if config.readiness.stale_after <= config.sampling.ring_interval:
         refuse(
@@ -732,9 +780,7 @@ def _file_text(path: Path) -> str:
     except PermissionError:
         problem = "may not be read by this user; change its owner or mode"
     except (OSError, ValueError) as error:
-        problem = (
-            f"cannot be read ({getattr(error, 'strerror', error)}); point --config.file at a readable file"
-        )
+        problem = f"cannot be read ({getattr(error, 'strerror', error)}); point --config.file at a readable file"
     else:
         if len(content) > FILE_LIMIT_BYTES:
             problem = "is larger than 1 MiB; point --config.file at a configuration file"
@@ -786,9 +832,7 @@ def _section_settings(file: str, loader: Any, node: Any, prefix: str) -> Iterato
             raise ConfigError(f"{place}: {section or 'the file'}: a key must be a word; remove the brackets")
         name = prefix + word
         if word in seen:
-            raise ConfigError(
-                f"{place}: {_clip(name)}: is already set in line {seen[word]}; remove one of the two"
-            )
+            raise ConfigError(f"{place}: {_clip(name)}: is already set in line {seen[word]}; remove one of the two")
         seen[word] = key_node.start_mark.line + 1
         if name in _SECTIONS:
             if not _is_null(value_node):
@@ -881,9 +925,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for key in KEYS.values():
         section = key.name.rpartition(".")[0]
         if section not in groups:
-            groups[section] = parser.add_argument_group(
-                f"configuration: {section}" if section else "configuration"
-            )
+            groups[section] = parser.add_argument_group(f"configuration: {section}" if section else "configuration")
         default = _default_text(key)
         text = f"{key.description} (default: {default})".replace("`", "").replace("%", "%%")
         options: dict[str, Any]

@@ -80,6 +80,7 @@ def intervals(config: Config) -> Intervals:
     return Intervals(
         ring=sampling.ring_interval,
         activity=sampling.activity_interval,
+        graphics=sampling.graphics_interval,
         state=sampling.state_interval,
         health=sampling.health_interval,
         counter=sampling.counter_interval,

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jouletrace.energy.meter import EnergySource
-from jouletrace.energy.sensors import instant_model
-from jouletrace.gpu.capabilities import Capabilities, probe
+from jouletrace.gpu.capabilities import Capabilities, advice, probe
 from jouletrace.gpu.readings import Device, GpuError, Sensor, Source, UnsupportedError
 
 ACTIVITY_TRIES = 3
@@ -83,9 +82,7 @@ def _activity(device: Device) -> Tier:
             cost = (time.perf_counter() - started) * 1e3
             if reading is not None:
                 names = ["dram"] if reading.dram_ratio is not None else []
-                names += [str(pipe) for pipe in reading.busy_ratio] + [
-                    str(link) for link in reading.bytes_per_second
-                ]
+                names += [str(pipe) for pipe in reading.busy_ratio] + [str(link) for link in reading.bytes_per_second]
                 return Tier(works=True, milliseconds=cost, provides=names)
     except UnsupportedError as failure:
         return Tier(works=False, problem=str(failure))
@@ -110,42 +107,12 @@ def _health_parts(reading: Any) -> list[str]:
 
 
 def _advice(device: Device, capabilities: Capabilities, tiers: Mapping[str, Tier]) -> list[str]:
-    info, advice = device.info, []
-    source = capabilities.energy_source
-    if source is None:
-        advice.append("No power reading at all: on a vGPU the host has to enable it; else update the driver.")
-    elif source is EnergySource.ENERGY_COUNTER:
-        advice.append("No usable power ring, so energy comes from the hardware counter: totals are exact.")
-    elif source is EnergySource.POWER_POLLING:
-        seen = instant_model(info.architecture).seen_part
-        advice.append(
-            f"Neither power ring nor energy counter: energy is integrated from a sensor that sees {seen:.0%} of the"
-            " time; loads that repeat every 50 or 100 ms may be far off (the bounds say how far)."
-        )
-    elif source is EnergySource.POWER_AVERAGE:
-        advice.append("Only a 1 s power average: energy of single requests will be very uncertain.")
-    if info.mig_enabled:
-        advice.append(
-            "MIG is on: NVML has no power and no utilization per instance; the device's energy is the whole GPU's."
-        )
-    elif not tiers["activity"].works:
-        if "NO_PERMISSION" in tiers["activity"].problem:
-            advice.append(
-                "GPM is there but withheld: run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0."
-            )
-        elif info.architecture in ("hopper", "blackwell", ""):
-            advice.append(
-                f"No GPM ({tiers['activity'].problem}): a vGPU guest or an old driver (needs 520 or later)."
-            )
-        else:
-            advice.append(
-                "No GPM before Hopper: memory bandwidth will be inferred, verdicts will have lower confidence."
-            )
-    if "processes" not in tiers["health"].provides:
-        advice.append(
+    sentences = advice(device.info, capabilities)
+    if capabilities.lost is None and "processes" not in tiers["health"].provides:
+        sentences.append(
             "The driver does not list processes: idle is told from memory in use; in Kubernetes set hostPID: true."
         )
-    return advice
+    return sentences
 
 
 def as_json(source: Source, examinations: Sequence[Examination]) -> dict[str, Any]:
@@ -214,10 +181,7 @@ def render(source: Source, examinations: Sequence[Examination]) -> str:
             lines.append(f"    {name:<16}{'yes' if tier.works else 'no':<7}{'':>14}{cost:>14}  {what}")
         lines += [f"  ! {sentence}" for sentence in one.advice] or ["  Nothing to mend."]
         lines.append("")
-    return (
-        "\n".join(lines)
-        + f"{len(examinations)} GPU{'s' if len(examinations) != 1 else ''} from {source.name}\n"
-    )
+    return "\n".join(lines) + f"{len(examinations)} GPU{'s' if len(examinations) != 1 else ''} from {source.name}\n"
 
 
 def _sensor_line(capabilities: Capabilities, sensor: Sensor) -> str:

@@ -1,10 +1,11 @@
 """`jouletrace measure -- CMD`: the energy that the GPUs used while a command ran."""
 
+import contextlib
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,11 @@ EXIT_NOT_EXECUTABLE = 126
 
 
 class MeasureError(Exception):
-    """The measurement could not be made; the message says why."""
+    """The measurement could not be made; the message says why, `exit_code` is the one to end with."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +93,29 @@ def _run(command: Sequence[str]) -> int:
     try:
         process = subprocess.Popen(command)
     except FileNotFoundError:
-        raise MeasureError(f"{command[0]}: command not found") from None
+        raise MeasureError(f"{command[0]}: command not found", EXIT_NOT_FOUND) from None
     except OSError as problem:
-        raise MeasureError(f"{command[0]}: {problem.strerror}") from None
-    previous = (
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if threading.current_thread() is threading.main_thread()
-        else None
-    )
-    try:
+        raise MeasureError(f"{command[0]}: {problem.strerror}", EXIT_NOT_EXECUTABLE) from None
+    with _signals_to(process):
         code = process.wait()
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
     return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def _signals_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Let the command decide on signals: the terminal sends Ctrl-C to it as well, a SIGTERM we pass on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number)),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

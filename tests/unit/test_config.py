@@ -144,8 +144,15 @@ OTHER_VALUES = {
     "log.format": ("console", "console"),
     "web.listen_address": ("127.0.0.1:1,[::1]:2", ("127.0.0.1:1", "[::1]:2")),
     "web.telemetry_path": ("/m", "/m"),
+    "ingest.stream_socket": ("/run/a b.sock", "/run/a b.sock"),
+    "ingest.datagram_socket": ("off", "off"),
+    "ingest.socket_access": ("owner", "owner"),
+    "ingest.token_file": ("/etc/token", "/etc/token"),
+    "ingest.max_body_mebibytes": ("256", 256.0),
+    "ingest.queue_records": ("1024", 1024.0),
     "sampling.ring_interval": ("100ms", 0.1),
     "sampling.activity_interval": ("10s", 10.0),
+    "sampling.graphics_interval": ("20s", 20.0),
     "sampling.state_interval": ("1m", 60.0),
     "sampling.health_interval": ("1m30s", 90.0),
     "sampling.counter_interval": ("1s", 1.0),
@@ -572,6 +579,22 @@ def test_addresses_that_share_a_port_or_ask_for_free_ones() -> None:
 )
 def test_default_state_dir(environment: Mapping[str, str], user_id: int, directory: str) -> None:
     assert configuration.default_state_dir(environment, user_id) == directory
+
+
+@pytest.mark.parametrize(
+    ("environment", "stream", "datagram"),
+    [
+        ({}, "", ""),
+        ({"RUNTIME_DIRECTORY": "/run/j"}, "/run/j/ingest.sock", "/run/j/ingest.dgram"),
+        ({"RUNTIME_DIRECTORY": "/run/j:/run/k"}, "/run/j/ingest.sock", "/run/j/ingest.dgram"),
+        ({"RUNTIME_DIRECTORY": "j"}, "", ""),
+        ({"RUNTIME_DIRECTORY": "/run/j", "JOULETRACE_INGEST_STREAM_SOCKET": "off"}, "off", "/run/j/ingest.dgram"),
+        ({"JOULETRACE_INGEST_DATAGRAM_SOCKET": "/tmp/d"}, "", "/tmp/d"),
+    ],
+)
+def test_sockets_are_where_systemd_made_room(environment: Mapping[str, str], stream: str, datagram: str) -> None:
+    ingest = load(None, STATE | environment, None).ingest
+    assert (ingest.stream_socket, ingest.datagram_socket) == (stream, datagram)
 
 
 def test_an_empty_state_dir_is_chosen_and_a_given_one_kept(tmp_path: Path) -> None:

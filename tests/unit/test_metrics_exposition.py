@@ -9,12 +9,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.parser import text_string_to_metric_families as parse_text
-from tests.snapshots import NOW_NS, full_device, node_snapshot
+from tests.snapshots import NOW_NS, events, full_device, ledger_snapshot, node_snapshot
 
 from jouletrace.metrics import names
 from jouletrace.metrics.device import device_collectors
 from jouletrace.metrics.exporter import BuildCollector, Exporter, SamplerCollector, SourceCollector
 from jouletrace.metrics.exposition import render
+from jouletrace.metrics.ledger import ledger_collectors
 
 GOLDEN = Path("tests/golden")
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
@@ -43,6 +44,7 @@ def fixture_registry() -> CollectorRegistry:
     collectors = (
         BuildCollector("0.1.0", "3.11.2"),
         *device_collectors(),
+        *ledger_collectors(ledger_snapshot, events),
         SourceCollector(),
         SamplerCollector(),
     )
@@ -71,7 +73,7 @@ def test_every_name_is_in_the_golden_exposition_with_help_and_type(metric: names
     text = (GOLDEN / "metrics.txt").read_text(encoding="utf-8")
     assert f"# HELP {metric.name} {metric.help}\n" in text
     assert f"# TYPE {metric.name} {metric.type}\n" in text
-    suffix = "_count" if metric.type == "summary" else ""
+    suffix = "_count" if metric.type in ("summary", "histogram") else ""
     lines = [
         line for line in text.splitlines() if line.startswith((metric.name + suffix + "{", metric.name + suffix + " "))
     ]
@@ -155,4 +157,4 @@ def test_promtool_finds_nothing_to_say() -> None:
 def test_a_device_costs_about_sixty_series() -> None:
     text = (GOLDEN / "metrics.txt").read_text(encoding="utf-8")
     series = [line for line in text.splitlines() if f'uuid="{full_device(0).info.uuid}"' in line]
-    assert len(series) == 50
+    assert len(series) == 53

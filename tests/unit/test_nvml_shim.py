@@ -886,9 +886,13 @@ def test_slow_calls(start: Start) -> None:
     wall_ms, cpu_ms = cost(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
     assert wall_ms >= 30
     assert cpu_ms < 10
-    assert cost(lambda: pynvml.nvmlDeviceGetClockInfo(handle, 1))[1] == pytest.approx(5, abs=1)
-    assert cost(lambda: fields(handle, 185, 186))[1] < 1
-    assert cost(lambda: fields(handle, 185, 83))[1] == pytest.approx(4, abs=1)
+
+    def least_cpu(call: Callable[[], object]) -> float:
+        return min(cost(call)[1] for _ in range(5))
+
+    assert least_cpu(lambda: pynvml.nvmlDeviceGetClockInfo(handle, 1)) == pytest.approx(5, abs=1)
+    assert least_cpu(lambda: fields(handle, 185, 186)) < 1
+    assert least_cpu(lambda: fields(handle, 185, 83)) == pytest.approx(4, abs=1)
     assert [value.latencyUsec for value in fields(handle, 185, 83)] == [0, 4000]
 
 
@@ -901,9 +905,13 @@ def test_h200_call_times(start: Start) -> None:
         (lambda: fields(handle, 185, 186, 83), 3.8),
         (lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle), 0.27),
     ):
-        begin = time.thread_time()
-        call()
-        assert (time.thread_time() - begin) * 1e3 == pytest.approx(expected_ms, rel=0.2, abs=0.2)
+        costs_ms = []
+        for _ in range(5):
+            begin = time.thread_time()
+            call()
+            costs_ms.append((time.thread_time() - begin) * 1e3)
+        # CPU time, and the cheapest of five calls: a busy machine only ever adds.
+        assert min(costs_ms) == pytest.approx(expected_ms, rel=0.2, abs=0.2)
 
 
 def test_control_file_switches_faults_at_run_time(start: Start, tmp_path: Path) -> None:

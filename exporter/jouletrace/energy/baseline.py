@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median
+from typing import Annotated
 
 import msgspec
 
@@ -35,8 +36,8 @@ class IdleKind(StrEnum):
 class IdleLevel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A learnt level."""
 
-    watts: float
-    windows: int
+    watts: Annotated[float, msgspec.Meta(gt=0)]
+    windows: Annotated[int, msgspec.Meta(ge=1)]
     """How many quiet windows it was learnt from, at most `KEPT_WINDOWS`."""
     learnt_ns: int
 
@@ -44,7 +45,7 @@ class IdleLevel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LearntLevels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The state file: levels by device UUID and kind."""
 
-    format: int = FORMAT
+    format: int
     devices: dict[str, dict[IdleKind, IdleLevel]] = {}
 
 
@@ -54,7 +55,10 @@ class Baseline:
 
     levels: dict[IdleKind, IdleLevel] = field(default_factory=dict)
     _windows: dict[IdleKind, deque[float]] = field(default_factory=dict)
+    _kind: IdleKind | None = None
     _quiet: int = 0
+    _waiting: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=KEPT_WINDOWS))
+    """Ends and watts of the quiet windows since processes were last looked at."""
 
     def observe(
         self,
@@ -64,32 +68,39 @@ class Baseline:
         context: bool | None,
         busiest_ratio: float | None,
         requests: bool = False,
+        context_ns: int | None = None,
     ) -> IdleKind | None:
         """Take in a window's mean power; return which idle it was, or None when it was not idle or not known.
 
-        `context`: whether any process holds the device; `busiest_ratio`: the highest activity ratio of the
-        window (None: not known, so nothing is learnt); `requests`: whether any request was in flight.
+        `t_ns`: the window's end; `context`: whether any process holds the device, as seen at `context_ns` (None:
+        with the window). A window is learnt when a look at or after its end still says the same, as a process may
+        have come or gone since the look before. `busiest_ratio`: the highest activity ratio of the window (None:
+        not known, so nothing is learnt); `requests`: whether any request was in flight.
         """
-        if context is None or busiest_ratio is None or busiest_ratio > QUIET_ACTIVITY or requests:
-            self._quiet = 0
+        kind = None if context is None else IdleKind.PARKED if context else IdleKind.BARE
+        if kind is not self._kind:
+            self._kind, self._quiet = kind, 0
+            self._waiting.clear()
+        if kind is None:
             return None
-        kind = IdleKind.PARKED if context else IdleKind.BARE
-        self._quiet += 1
-        if self._quiet <= SETTLE_WINDOWS:
-            return kind
+        quiet = busiest_ratio is not None and busiest_ratio <= QUIET_ACTIVITY and not requests
+        self._quiet = self._quiet + 1 if quiet else 0
+        if self._quiet > SETTLE_WINDOWS:
+            self._waiting.append((t_ns, watts))
+        seen_ns = t_ns if context_ns is None else context_ns
+        while self._waiting and self._waiting[0][0] <= seen_ns:
+            self._learn(kind, *self._waiting.popleft())
+        return kind if quiet else None
+
+    def _learn(self, kind: IdleKind, t_ns: int, watts: float) -> None:
         windows = self._windows.setdefault(kind, deque(maxlen=KEPT_WINDOWS))
         windows.append(watts)
         known = self.levels.get(kind)
-        if len(windows) >= ENOUGH_WINDOWS and (
-            known is None or len(windows) >= min(known.windows, KEPT_WINDOWS // 4)
-        ):
+        if len(windows) >= ENOUGH_WINDOWS and (known is None or len(windows) >= min(known.windows, KEPT_WINDOWS // 4)):
             self.levels[kind] = IdleLevel(median(windows), len(windows), t_ns)
-        return kind
 
 
-def holds_context(
-    processes: int | None, memory_used_bytes: int | None, memory_total_bytes: int | None
-) -> bool | None:
+def holds_context(processes: int | None, memory_used_bytes: int | None, memory_total_bytes: int | None) -> bool | None:
     """Return whether a process holds the device, from the process list or else from memory in use."""
     if processes is not None:
         return processes > 0
@@ -100,7 +111,7 @@ def holds_context(
 
 def encode(levels: Mapping[str, Mapping[IdleKind, IdleLevel]]) -> bytes:
     """Return the state file's content."""
-    state = LearntLevels(devices={uuid: dict(kinds) for uuid, kinds in levels.items()})
+    state = LearntLevels(FORMAT, {uuid: dict(kinds) for uuid, kinds in levels.items()})
     return msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n"
 
 

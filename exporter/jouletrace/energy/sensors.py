@@ -29,11 +29,20 @@ class SensorModel:
 
     @property
     def delay_ns(self) -> int:
-        """How far before its appearance the slot ends that a value stands for.
+        """How far the time that a value stands for lies before the time at which it is held.
 
-        A value stands for one update period, centred on its window.
+        A value stands for one update period centred on its window, and is held for the period after it appeared.
         """
-        return max(0, self.lag_ns + (self.window_ns - self.update_ns) // 2)
+        return self.lag_ns + (self.window_ns + self.update_ns) // 2
+
+    @property
+    def time_error_ns(self) -> int:
+        """How far energy may truly have gone from where the value's delay puts it.
+
+        Of the period that a value stands for it does not tell when the energy went, nor of the time for which it
+        is held when it appeared: half a window and half a period. The lag is taken to be as uncertain as it is long.
+        """
+        return self.lag_ns + (self.window_ns + self.update_ns) // 2
 
 
 _QUARTER = SensorModel(100 * MS, 25 * MS, INSTANT_LAG_NS)

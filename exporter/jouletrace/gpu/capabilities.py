@@ -11,15 +11,19 @@ from numpy.typing import NDArray
 
 from jouletrace.clock import Clock
 from jouletrace.energy.meter import EnergySource
+from jouletrace.energy.sensors import instant_model
 from jouletrace.gpu.readings import (
     CounterReading,
     Device,
+    DeviceInfo,
+    DeviceLostError,
     DriverGoneError,
     DriverMismatchError,
     GpuError,
     PowerReading,
     PowerSamples,
     Sensor,
+    UnsupportedError,
 )
 
 RING_MOST_INTERVAL_S = 0.05
@@ -27,11 +31,14 @@ RING_MOST_INTERVAL_S = 0.05
 RING_LEAST_SAMPLES = 20
 BURST_SECONDS = 0.6
 BURST_POLL_SECONDS = 0.002
-COUNTER_READS = 12
-COUNTER_READ_SECONDS = 0.025
-LEAST_CHANGES = 3
+COUNTER_READ_SECONDS = 0.015
+"""A counter read costs 2-5 ms on an H200: one device at a time, and not in every round of the burst."""
+LEAST_CHANGES = 4
 SHORTEST_INTERVAL_S = 0.005
 COMB_FIT = 0.85
+COMB_CANDIDATES = 1500
+"""0.2 % apart from 5 to 120 ms."""
+ACTIVITY = "activity"
 
 Reading = TypeVar("Reading")
 
@@ -50,6 +57,10 @@ class Capabilities:
     """Median cost of one read by sensor, seconds."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """By sensor or signal: why it is not there, in the driver's words."""
+    ring: PowerSamples | None = None
+    """What the ring held when it was tried: the timeline begins with it."""
+    lost: GpuError | None = None
+    """Why the device cannot be read at all; then nothing else is known of it."""
 
 
 class _Watch:
@@ -59,58 +70,67 @@ class _Watch:
         self.device = device
         self.ring: PowerSamples | None = None
         self.changes: dict[Sensor, list[int]] = {Sensor.POWER_INSTANT: [], Sensor.POWER_AVERAGE: []}
-        self.last: PowerReading | None = None
-        self.has_power = True
+        self.has_instant = self.has_average = False
+        self.last_power: PowerReading | None = None
         self.counters: list[CounterReading] = []
-        self.costs: dict[Sensor, list[int]] = {}
+        self.costs: dict[str, list[int]] = {}
         self.missing: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        self.lost: GpuError | None = None
+
+    def read(self, sensor: str, call: Callable[[], Reading], clock: Clock) -> Reading | None:
+        """Read once and note the cost; None when it fails. A refusal is final, another failure may pass."""
+        if self.lost is not None or sensor in self.missing:
+            return None
+        started_ns = clock.now_ns()
+        try:
+            reading = call()
+        except (DriverMismatchError, DriverGoneError):
+            raise
+        except DeviceLostError as failure:
+            self.lost = failure
+        except UnsupportedError as failure:
+            self.missing[sensor] = str(failure)
+        except GpuError as failure:
+            self.failures[sensor] = str(failure)
+        else:
+            self.costs.setdefault(sensor, []).append(clock.now_ns() - started_ns)
+            return reading
+        return None
 
 
 def probe(devices: Sequence[Device], clock: Clock, wake: threading.Event) -> list[Capabilities]:
-    """Try every sensor of every device, all devices in one burst of about a second; same order as `devices`.
+    """Try every sensor of every device, all devices in one burst of 0.6 s; same order as `devices`.
 
-    Raises DriverMismatchError and DriverGoneError; a device that is lost meanwhile comes back without a source.
+    Raises DriverMismatchError and DriverGoneError; a device that is lost comes back as such.
     """
     watches = [_Watch(device) for device in devices]
     for watch in watches:
-        watch.ring = _try(watch, Sensor.POWER_RING, watch.device.power_ring, clock)
-        if watch.ring is None or not _usable(watch.ring):
-            watch.missing.setdefault(Sensor.POWER_RING, "no samples of 50 ms or less")
+        _watch_ring(watch, clock)
     end_ns = clock.now_ns() + int(BURST_SECONDS * 1e9)
+    turns = itertools.cycle(watches)
     while (now_ns := clock.now_ns()) < end_ns and not wake.is_set():
         for watch in watches:
             _watch_power(watch, clock)
+        _watch_counter(next(turns), clock)
         clock.wait(now_ns + int(BURST_POLL_SECONDS * 1e9), wake)
-    for _ in range(COUNTER_READS):
-        now_ns = clock.now_ns()
-        for watch in watches:
-            if Sensor.ENERGY_COUNTER not in watch.missing:
-                reading = _try(watch, Sensor.ENERGY_COUNTER, watch.device.energy_counter, clock)
-                if reading is not None:
-                    watch.counters.append(reading)
-        clock.wait(now_ns + int(COUNTER_READ_SECONDS * 1e9), wake)
     for watch in watches:
-        try:
-            watch.device.activity()
-        except (DriverMismatchError, DriverGoneError):
-            raise
-        except GpuError as failure:
-            watch.missing["activity"] = str(failure)
+        if watch.ring is None or not _usable(watch.ring):
+            # A driver that starts with us begins to fill its ring now.
+            _watch_ring(watch, clock)
+        watch.read(ACTIVITY, watch.device.activity, clock)
     return [_judge(watch) for watch in watches]
 
 
-def _try(watch: _Watch, sensor: Sensor, read: Callable[[], Reading], clock: Clock) -> Reading | None:
-    """Read once, note the cost; None and the driver's words when it refuses."""
-    started_ns = clock.now_ns()
-    try:
-        reading = read()
-    except (DriverMismatchError, DriverGoneError):
-        raise
-    except GpuError as failure:
-        watch.missing[sensor] = str(failure)
-        return None
-    watch.costs.setdefault(sensor, []).append(clock.now_ns() - started_ns)
-    return reading
+def _watch_ring(watch: _Watch, clock: Clock) -> None:
+    fresh = watch.read(Sensor.POWER_RING, watch.device.power_ring, clock)
+    if fresh is None or watch.ring is None:
+        watch.ring = fresh or watch.ring
+    else:
+        watch.ring = PowerSamples(
+            np.concatenate((watch.ring.ends_ns, fresh.ends_ns)),
+            np.concatenate((watch.ring.milliwatts, fresh.milliwatts)),
+        )
 
 
 def _usable(ring: PowerSamples) -> bool:
@@ -121,59 +141,125 @@ def _usable(ring: PowerSamples) -> bool:
 
 
 def _watch_power(watch: _Watch, clock: Clock) -> None:
-    if not watch.has_power:
-        return
-    reading = _try(watch, Sensor.POWER_INSTANT, watch.device.power, clock)
+    reading = watch.read(Sensor.POWER_INSTANT, watch.device.power, clock)
     if reading is None:
-        watch.has_power = False
         return
-    before = watch.last
-    watch.last = reading
+    before, watch.last_power = watch.last_power, reading
+    watch.has_instant |= reading.instant_mw is not None
+    watch.has_average |= reading.average_mw is not None
     if before is None:
         return
-    if reading.instant_mw != before.instant_mw:
-        watch.changes[Sensor.POWER_INSTANT].append(reading.t_ns)
-    if reading.average_mw != before.average_mw:
-        watch.changes[Sensor.POWER_AVERAGE].append(reading.t_ns)
+    # Absent is not a change: the driver leaves out a value now and then.
+    if None not in (reading.instant_mw, before.instant_mw) and reading.instant_mw != before.instant_mw:
+        watch.changes[Sensor.POWER_INSTANT].append(_middle_ns(before, reading))
+    if None not in (reading.average_mw, before.average_mw) and reading.average_mw != before.average_mw:
+        watch.changes[Sensor.POWER_AVERAGE].append(_middle_ns(before, reading))
+
+
+def _watch_counter(watch: _Watch, clock: Clock) -> None:
+    if watch.counters and clock.now_ns() - watch.counters[-1].t_ns < COUNTER_READ_SECONDS * 1e9:
+        return
+    reading = watch.read(Sensor.ENERGY_COUNTER, watch.device.energy_counter, clock)
+    if reading is not None:
+        watch.counters.append(reading)
+
+
+def _middle_ns(before: PowerReading | CounterReading, after: PowerReading | CounterReading) -> int:
+    """Return when a value changed that was read before and after."""
+    return (before.t_ns + after.t_ns) // 2
 
 
 def _judge(watch: _Watch) -> Capabilities:
     """Choose the rung and sum up."""
+    if watch.lost is not None:
+        return Capabilities(None, has_counter=False, has_activity=False, lost=watch.lost)
+    missing = watch.failures | watch.missing
     intervals: dict[Sensor, float] = {}
-    if watch.ring is not None and len(watch.ring.ends_ns) > 1:
-        intervals[Sensor.POWER_RING] = float(np.median(np.diff(watch.ring.ends_ns))) / 1e9
+    if watch.ring is not None:
+        missing.pop(Sensor.POWER_RING, None)
+        if len(watch.ring.ends_ns) > 1:
+            intervals[Sensor.POWER_RING] = float(np.median(np.diff(watch.ring.ends_ns))) / 1e9
+        if not _usable(watch.ring):
+            missing[Sensor.POWER_RING] = "no samples of 50 ms or less"
     for sensor, changes in watch.changes.items():
         interval = update_interval(np.array(changes, np.int64))
         if interval is not None:
             intervals[sensor] = interval
     counter_changes = [
-        after.t_ns
+        _middle_ns(before, after)
         for before, after in itertools.pairwise(watch.counters)
         if after.energy_mj != before.energy_mj
     ]
-    interval = update_interval(np.array(counter_changes, np.int64))
-    if interval is not None:
-        intervals[Sensor.ENERGY_COUNTER] = interval
-    if watch.counters and watch.counters[-1].energy_mj <= watch.counters[0].energy_mj:
-        watch.missing[Sensor.ENERGY_COUNTER] = "the counter did not move while watched"
-    has_counter = Sensor.ENERGY_COUNTER not in watch.missing
-    source: EnergySource | None = None
-    if Sensor.POWER_RING not in watch.missing:
-        source = EnergySource.POWER_RING
-    elif has_counter:
-        source = EnergySource.ENERGY_COUNTER
-    elif watch.last is not None and watch.last.instant_mw is not None:
-        source = EnergySource.POWER_POLLING
-    elif watch.last is not None and watch.last.average_mw is not None:
-        source = EnergySource.POWER_AVERAGE
+    if len(counter_changes) >= LEAST_CHANGES:
+        # Energy grows with every tick, so no change is missed and the mean spacing is the tick; a comb would fit
+        # any fraction of it, as each change is only known to the 30 ms between two reads.
+        intervals[Sensor.ENERGY_COUNTER] = (counter_changes[-1] - counter_changes[0]) / (len(counter_changes) - 1) / 1e9
+    if watch.counters:
+        missing.pop(Sensor.ENERGY_COUNTER, None)
+        if watch.counters[-1].energy_mj <= watch.counters[0].energy_mj:
+            missing[Sensor.ENERGY_COUNTER] = "the counter did not move while watched"
+    missing.pop(Sensor.POWER_INSTANT, None)
+    problem = watch.missing.get(Sensor.POWER_INSTANT) or watch.failures.get(Sensor.POWER_INSTANT, "not given")
+    if not watch.has_instant:
+        missing[Sensor.POWER_INSTANT] = problem
+    if not watch.has_average:
+        missing[Sensor.POWER_AVERAGE] = problem
+    ladder = {
+        Sensor.POWER_RING: EnergySource.POWER_RING,
+        Sensor.ENERGY_COUNTER: EnergySource.ENERGY_COUNTER,
+        Sensor.POWER_INSTANT: EnergySource.POWER_POLLING,
+        Sensor.POWER_AVERAGE: EnergySource.POWER_AVERAGE,
+    }
     return Capabilities(
-        energy_source=source,
-        has_counter=has_counter,
-        has_activity="activity" not in watch.missing,
+        energy_source=next((source for sensor, source in ladder.items() if sensor not in missing), None),
+        has_counter=Sensor.ENERGY_COUNTER not in missing,
+        # A failure may pass; a tier that goes on failing is dealt with by the sampler.
+        has_activity=ACTIVITY not in watch.missing,
         sensor_intervals=intervals,
-        call_seconds={sensor: float(np.median(costs)) / 1e9 for sensor, costs in watch.costs.items()},
-        missing=watch.missing,
+        call_seconds={
+            sensor: float(np.median(watch.costs[sensor])) / 1e9 for sensor in Sensor if sensor in watch.costs
+        },
+        missing=missing,
+        ring=watch.ring,
     )
+
+
+def advice(info: DeviceInfo, capabilities: Capabilities) -> list[str]:
+    """Return a sentence for each thing that a device cannot measure, with the mend where there is one."""
+    if capabilities.lost is not None:
+        return [f"It does not answer ({capabilities.lost}): look at `nvidia-smi` and `dmesg | grep -i xid`."]
+    sentences = []
+    source = capabilities.energy_source
+    if source is None:
+        sentences.append("No power reading at all: on a vGPU the host has to enable it; else update the driver.")
+    elif source is EnergySource.ENERGY_COUNTER:
+        sentences.append("No usable power ring, so energy comes from the hardware counter: totals are exact.")
+    elif source is EnergySource.POWER_POLLING:
+        seen = instant_model(info.architecture).seen_part
+        sentences.append(
+            f"Neither power ring nor energy counter: energy is integrated from a sensor that sees {seen:.0%} of the"
+            " time; loads that repeat every 50 or 100 ms may be far off (the bounds say how far)."
+        )
+    elif source is EnergySource.POWER_AVERAGE:
+        sentences.append("Only a 1 s power average: energy of single requests will be very uncertain.")
+    elif not capabilities.has_counter:
+        sentences.append("No energy counter: nothing to check the power ring against, and its gaps are estimated.")
+    return sentences + _activity_advice(info, capabilities)
+
+
+def _activity_advice(info: DeviceInfo, capabilities: Capabilities) -> list[str]:
+    problem = capabilities.missing.get(ACTIVITY, "")
+    if info.mig_enabled:
+        return ["MIG is on: NVML has no power and no utilization per instance; the device's energy is the whole GPU's."]
+    if capabilities.has_activity:
+        return []
+    if "NO_PERMISSION" in problem:
+        return [
+            "GPM is there but withheld: run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0."
+        ]
+    if info.architecture in ("hopper", "blackwell", ""):
+        return [f"No GPM ({problem}): a vGPU guest or an old driver (needs 520 or later)."]
+    return ["No GPM before Hopper: memory bandwidth will be inferred, verdicts will have lower confidence."]
 
 
 def update_interval(changes_ns: NDArray[np.int64]) -> float | None:
@@ -182,13 +268,14 @@ def update_interval(changes_ns: NDArray[np.int64]) -> float | None:
     Updates that repeat a value show no change, so the differences are multiples of the interval: the largest
     interval whose comb fits the changes nearly as well as the best one is it (Rayleigh periodogram; within 0.03 %
     on simulated sensors with 60 % of the updates unseen, where the median difference errs by 99 %). None with
-    fewer than three changes.
+    fewer than four changes, or when these fit no interval better than those around it.
     """
     if len(changes_ns) < LEAST_CHANGES:
         return None
     seconds = (changes_ns - changes_ns[0]) / 1e9
     shortest = max(float(np.diff(seconds).min()), SHORTEST_INTERVAL_S)
-    candidates = np.geomspace(SHORTEST_INTERVAL_S, shortest * 1.2, 400)
+    candidates = np.geomspace(SHORTEST_INTERVAL_S, shortest * 1.2, COMB_CANDIDATES)
     fit = np.abs(np.exp(2j * np.pi * seconds[:, None] / candidates[None, :]).mean(axis=0))
-    good = candidates[fit >= COMB_FIT * fit.max()]
-    return float(good.max())
+    peaks = np.flatnonzero((fit[1:-1] >= fit[:-2]) & (fit[1:-1] > fit[2:])) + 1
+    good = peaks[fit[peaks] >= COMB_FIT * fit.max()]
+    return float(candidates[good[-1]]) if len(good) else None

@@ -201,6 +201,8 @@ class HealthReading:
     power_limit_watts: float | None = None
     ecc_errors: Mapping[str, int] = field(default_factory=dict)
     """Volatile totals by kind: `corrected`, `uncorrected`."""
+    throttled_ns: Mapping[ThrottleReason, int] = field(default_factory=dict)
+    """Cumulative since the driver was loaded, like `StateReading`'s: the reasons that take long to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,9 @@ class Device(Protocol):
     def activity(self) -> ActivityReading | None:
         """Return GPM means since the last returned reading; `None` when under 100 ms have passed."""
 
+    def graphics_activity(self) -> ActivityReading | None:
+        """Return only `Pipe.GRAPHICS`, otherwise as `activity`, which leaves it out: slow tier, it takes 2 ms."""
+
     def state(self) -> StateReading:
         """Return clocks, temperatures, memory and throttle state."""
 
@@ -244,8 +249,8 @@ class CallStatistics:
     count: dict[str, int] = field(default_factory=dict)
     errors: dict[tuple[str, str], int] = field(default_factory=dict)
     """By call and code name."""
-    pending: tuple[str, int] | None = None
-    """The call that is under way and the index of its device; what to name when it does not return."""
+    pending: tuple[str, int | None] | None = None
+    """The call that is under way and the index of its device, if it has one; what to name when it does not return."""
 
     def add(self, call: str, seconds: float) -> None:
         """Count one call and the wall time it took."""

@@ -22,6 +22,7 @@ from jouletrace.gpu.readings import (
     GpuError,
     HealthReading,
     Int64s,
+    Pipe,
     PowerReading,
     PowerSamples,
     ProcessReading,
@@ -214,7 +215,7 @@ class ReplayDevice:
         self._calls = calls
         self._tracks = {name: _Track(stream, course) for name, stream in streams.items()}
         self._ring_next: int | None = None
-        self._activity_next: int | None = None
+        self._activity_next: dict[bool, int | None] = {False: None, True: None}
         counter = streams.get(trace.ENERGY_COUNTER)
         self._counter_rise_mj = 0 if counter is None else _rise_mj(counter, course)
 
@@ -232,7 +233,11 @@ class ReplayDevice:
 
     def activity(self) -> ActivityReading | None:
         """Return the means of the recorded intervals since the last reading."""
-        return self._timed("activity", self._activity)
+        return self._timed("activity", lambda: self._activity(graphics=False))
+
+    def graphics_activity(self) -> ActivityReading | None:
+        """Return the recorded part of the time with any kernel running, since the last such reading."""
+        return self._timed("graphics", lambda: self._activity(graphics=True))
 
     def state(self) -> StateReading:
         """Return the recorded clocks, temperatures, memory and throttle state."""
@@ -300,15 +305,15 @@ class ReplayDevice:
             raise GpuError("power", _NOT_READY, "no value in the recording now")
         return reading
 
-    def _activity(self) -> ActivityReading | None:
+    def _activity(self, *, graphics: bool) -> ActivityReading | None:
         track = self._track("activity", trace.GPM)
         end = track.count(self._now_ns("activity"))
-        first, self._activity_next = self._activity_next, end
+        first, self._activity_next[graphics] = self._activity_next[graphics], end
         if first is None or first <= -track.before:
             # As with the driver, the first call only begins an interval.
             return None
         if end <= first or track.time(end - 1) - track.time(first - 1) < GPM_MINIMUM_NS:
-            self._activity_next = first
+            self._activity_next[graphics] = first
             return None
         times_ns, rows = track.span(first - 1, end)
         weights = np.diff(times_ns).astype(np.float64)
@@ -322,7 +327,10 @@ class ReplayDevice:
                 return None
             return factor * float(np.average(values[rows[1:]][given], weights=weights[given]))
 
-        busy = {pipe: mean(column, 1e-2) for pipe, column in trace.PIPE_COLUMNS.items()}
+        if graphics:
+            busy = {Pipe.GRAPHICS: mean(trace.PIPE_COLUMNS[Pipe.GRAPHICS], 1e-2)}
+            return ActivityReading(int(times_ns[0]), int(times_ns[-1]), busy_ratio=_given(busy))
+        busy = {pipe: mean(column, 1e-2) for pipe, column in trace.PIPE_COLUMNS.items() if pipe is not Pipe.GRAPHICS}
         links = {link: mean(column, 2.0**20) for link, column in trace.LINK_COLUMNS.items()}
         return ActivityReading(
             int(times_ns[0]), int(times_ns[-1]), mean(trace.DRAM_COLUMN, 1e-2), _given(busy), _given(links)

@@ -11,14 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from jouletrace.energy.baseline import Baseline, IdleKind, IdleLevel, holds_context
 from jouletrace.energy.meter import EnergySource, Meter
 from jouletrace.energy.timeline import WindowEnergy
-from jouletrace.gpu.capabilities import Capabilities, probe
+from jouletrace.gpu.capabilities import Capabilities, advice, probe
 from jouletrace.gpu.readings import (
     ActivityReading,
     Device,
@@ -30,6 +30,7 @@ from jouletrace.gpu.readings import (
     NoDriverError,
     Pipe,
     PowerReading,
+    Sensor,
     Source,
     StateReading,
     UnsupportedError,
@@ -52,9 +53,18 @@ COUNTER_COST_RATIO = 0.005
 COUNTER_LEAST_SECONDS = 0.1
 REFUSALS_TO_STOP = 5
 """NOT_SUPPORTED this often in a row: the tier is dropped for this device."""
+ENERGY_REFUSALS = 2
+"""The energy source is found anew sooner: what is used meanwhile is nowhere but in the hardware counter."""
+EVENT_WAIT_SECONDS = 0.5
+"""Waiting for critical errors; also how long the end of the process may have to wait for that thread."""
 RETRY_FIRST_SECONDS = 1.0
 RETRY_MOST_SECONDS = 60.0
+DEVICES_PER_TURN = 4
+"""Devices read in one go. One each cost 1.0 % of a core for 8 devices, most of it for waking up with cold caches;
+all at once would hold the driver's lock for 10 ms."""
 REINIT_AFTER_SECONDS = 5.0
+NOT_READY = 27
+"""nvmlReturn_t of a device that has come back and gives no power yet."""
 RETURN = "return"
 """The task that tries to get a lost device back."""
 ENERGY_TIERS = frozenset(
@@ -65,7 +75,11 @@ ENERGY_TIERS = frozenset(
         ("polling", EnergySource.POWER_AVERAGE),
     }
 )
-ACTIVITY_KEPT = 16
+ACTIVITY_KEPT = 32
+IDLE_WINDOW_NS = 900_000_000
+"""Shortest window that tells of idle: one ring reading, or ten ticks of the counter."""
+IDLE_WINDOW_MOST_NS = 10 * NS
+"""After a gap this long nobody knows what went on inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +88,7 @@ class Intervals:
 
     ring: float = 1.0
     activity: float = 0.5
+    graphics: float = 5.0
     state: float = 1.0
     health: float = 10.0
     counter: float = 10.0
@@ -84,16 +99,27 @@ class DriverLostError(Exception):
     """The driver is lost for good; the message says why and what to do. The process must end (exit code 4)."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Failing:
+    """A tier whose reads fail."""
+
+    since_ns: int
+    error: str
+
+
 class _DeviceAccount:
     """All that is known of one device; touched by the sampler thread only."""
 
-    def __init__(
-        self, device: Device, capabilities: Capabilities, levels: Mapping[IdleKind, IdleLevel]
-    ) -> None:
+    def __init__(self, device: Device, capabilities: Capabilities, levels: Mapping[IdleKind, IdleLevel]) -> None:
         self.device = device
         self.status = DeviceStatus.STARTING
         self.problem = ""
-        self.failing_since_ns: int | None = None
+        self.failing: dict[str, _Failing] = {}
+        """By tier; empty again with the first read of it that works."""
+        self.read_ns: int | None = None
+        """When any read last worked."""
+        self.idle_from_ns: int | None = None
+        """Up to here the baseline has been shown the energy."""
         self.retry_seconds = RETRY_FIRST_SECONDS
         self.refusals: dict[str, int] = {}
         self.baseline = Baseline(dict(levels))
@@ -103,32 +129,53 @@ class _DeviceAccount:
         self.xid_errors: dict[int, int] = {}
         self.activities: deque[ActivityReading] = deque(maxlen=ACTIVITY_KEPT)
         self.published: DeviceSnapshot | None = None
+        self.meter: Meter | None = None
         self.adopt(device, capabilities)
-        self.meter = self._new_meter()
 
     def adopt(self, device: Device, capabilities: Capabilities) -> None:
-        """Take a device's (new) handle; what was read before is not valid any more."""
+        """Take a device's (new) handle; what was read before is not valid any more, what was counted is."""
         self.device = device
         self.capabilities = capabilities
         self.power: PowerReading | None = None
         self.state: StateReading | None = None
         self.health: HealthReading | None = None
         self.activity: ActivityReading | None = None
+        self.failing.clear()
+        self.refusals.clear()
+        if self.meter is None:
+            self.meter = self._new_meter()
+        elif capabilities.energy_source is not None:
+            self.meter.change_source(capabilities.energy_source)
+        if self.meter is not None and capabilities.ring is not None:
+            self.meter.add_ring(capabilities.ring)
+
+    def forget(self, tier: str) -> None:
+        """Let go of what a tier has read: it is not true any more, and absent is better than old."""
+        match tier:
+            case "state":
+                self.state = self.power = None
+            case "polling":
+                self.power = None
+            case "activity":
+                self.activity = None
+            case "health":
+                self.health = None
 
     def _new_meter(self) -> Meter | None:
         capabilities, info = self.capabilities, self.device.info
         if capabilities.energy_source is None:
             return None
+        interval = capabilities.sensor_intervals.get(Sensor.POWER_INSTANT)
         return Meter(
             capabilities.energy_source,
             limit_watts=info.power_limit_watts,
             architecture=info.architecture,
+            instant_update_ns=round(interval * NS) if interval else None,
             has_counter=capabilities.has_counter,
         )
 
     def add_activity(self, reading: ActivityReading) -> None:
         """Integrate a GPM interval: bytes and busy seconds are exact at any scrape interval."""
-        self.activity = reading
         self.activities.append(reading)
         seconds = (reading.end_ns - reading.start_ns) / NS
         peak = self.device.info.peak_dram_bytes_per_second
@@ -139,19 +186,29 @@ class _DeviceAccount:
         for link, rate in reading.bytes_per_second.items():
             self.link_bytes[link] = self.link_bytes.get(link, 0.0) + rate * seconds
 
-    def learn_idle(self, start_ns: int, end_ns: int) -> None:
-        """Show the baseline the window that the ring just added."""
-        if self.meter is None or self.meter.timeline is None or end_ns - start_ns < NS // 2:
+    def learn_idle(self) -> None:
+        """Show the baseline the energy since the last time."""
+        end_ns = self.meter.end_ns if self.meter else None
+        if self.meter is None or self.meter.timeline is None or end_ns is None:
+            return
+        start_ns = self.idle_from_ns
+        if start_ns is not None and end_ns - start_ns < IDLE_WINDOW_NS:
+            return
+        self.idle_from_ns = end_ns
+        if start_ns is None or end_ns - start_ns > IDLE_WINDOW_MOST_NS:
             return
         info = self.device.info
         watts = self.meter.timeline.window(start_ns, end_ns).joules / ((end_ns - start_ns) / NS)
-        processes = (
-            None if self.health is None or self.health.processes is None else len(self.health.processes)
+        health, state = self.health, self.state
+        processes = None if health is None or health.processes is None else len(health.processes)
+        seen = health if processes is not None else state
+        self.baseline.observe(
+            end_ns,
+            watts,
+            context=holds_context(processes, state.memory_used_bytes if state else None, info.memory_total_bytes),
+            context_ns=seen.t_ns if seen else None,
+            busiest_ratio=self._busiest(start_ns, end_ns),
         )
-        context = holds_context(
-            processes, self.state.memory_used_bytes if self.state else None, info.memory_total_bytes
-        )
-        self.baseline.observe(end_ns, watts, context=context, busiest_ratio=self._busiest(start_ns, end_ns))
 
     def _busiest(self, start_ns: int, end_ns: int) -> float | None:
         """Return the highest activity in a window: GPM's, or NVML utilization where there is no GPM."""
@@ -176,7 +233,7 @@ class _DeviceAccount:
         return DeviceSnapshot(
             info=self.device.info,
             status=self.status,
-            problem=self.problem,
+            problem=self.problem or "; ".join(f"{tier} reads fail: {f.error}" for tier, f in self.failing.items()),
             energy_source=str(meter.source) if meter else None,
             energy_joules=meter.joules if meter else 0.0,
             timeline_end_ns=meter.end_ns if meter else None,
@@ -198,7 +255,12 @@ class _DeviceAccount:
             nvlink_bytes=self._directions(Link.NVLINK_TRANSMIT, Link.NVLINK_RECEIVE),
             clock_hertz=state.clock_hertz if state else {},
             event_reasons=state.event_reasons if state else None,
-            throttled_seconds={r: ns / NS for r, ns in state.throttled_ns.items()} if state else {},
+            throttled_seconds={
+                reason: spent_ns / NS
+                for reading in (state, health)
+                if reading is not None
+                for reason, spent_ns in reading.throttled_ns.items()
+            },
             memory_used_bytes=state.memory_used_bytes if state else None,
             temperature_celsius=state.temperature_celsius if state else {},
             utilization_ratio=state.utilization_ratio if state else {},
@@ -222,6 +284,11 @@ class _Task:
     account: _DeviceAccount = field(compare=False)
     interval: Callable[[], float] = field(compare=False)
     run: Callable[[_DeviceAccount], None] = field(compare=False)
+
+
+def _is_energy(account: _DeviceAccount, tier: str) -> bool:
+    """Return whether a tier is where the device's energy comes from."""
+    return account.meter is not None and (tier, account.meter.source) in ENERGY_TIERS
 
 
 class Sampler:
@@ -250,11 +317,11 @@ class Sampler:
         self._tasks: list[_Task] = []
         self._order = itertools.count()
         self._stretch = 1.0
-        self._governed_at = (0.0, 0.0)
+        self._governed_at: tuple[int, float] | None = None
         self._cpu_seconds = 0.0
-        self._all_failing_since: float | None = None
+        self._all_lost_since_ns: int | None = None
         self._reinit_seconds = RETRY_FIRST_SECONDS
-        self._reinit_at = 0.0
+        self._reinit_at_ns = 0
         self._xids: deque[XidEvent] = deque(maxlen=1024)
         self._stop = threading.Event()
         self._beat = time.monotonic()
@@ -284,7 +351,10 @@ class Sampler:
     def overdue_call(self) -> str | None:
         """The driver call that is under way, in words; what to blame when the heartbeat is old."""
         pending = self.source.calls.pending
-        return f"{pending[0]} on GPU {pending[1]}" if pending else None
+        if pending is None:
+            return None
+        call, gpu = pending
+        return call if gpu is None else f"{call} on GPU {gpu}"
 
     def window(self, uuid: str, start_ns: int, end_ns: int) -> WindowEnergy | None:
         """Return a device's energy in (start_ns, end_ns], with bounds; None without such a device or any sample."""
@@ -311,7 +381,8 @@ class Sampler:
                 next_ns = self.run_due()
                 self.source.clock.wait(next_ns, self._stop)
         except Exception as failure:
-            self._on_end(failure)
+            if not self._stop.is_set():
+                self._on_end(failure)
         else:
             self.source.close()
 
@@ -319,9 +390,9 @@ class Sampler:
         """Collect critical errors; they wait in a queue for the sampler thread."""
         while not self._stop.is_set():
             try:
-                self._xids.extend(self.source.events(1.0))
+                self._xids.extend(self.source.events(EVENT_WAIT_SECONDS))
             except GpuError:
-                self._stop.wait(1.0)
+                self._stop.wait(EVENT_WAIT_SECONDS)
 
     def begin(self) -> None:
         """Open the source, find out what its devices can do and plan the reads."""
@@ -332,33 +403,42 @@ class Sampler:
             _DeviceAccount(device, capabilities, self._levels.get(device.info.uuid, {}))
             for device, capabilities in zip(devices, found, strict=True)
         ]
+        self._introduce()
+        self.source.watch_events(devices)
+        self._plan()
         for account in self._accounts:
-            info = account.device.info
-            if account.meter is None:
-                self._log.warning(
-                    "GPU gives no power reading, its energy stays unknown",
-                    gpu=info.gpu,
-                    uuid=info.uuid,
-                    **account.capabilities.missing,
-                )
-            else:
+            if account.capabilities.lost is not None:
+                self._note_error(account.capabilities.lost)
+                self._lose(account, account.capabilities.lost)
+        self._publish(self._accounts)
+
+    def _introduce(self) -> None:
+        """Log what each device can measure, and each shortcoming once with the devices that have it."""
+        shortcomings: dict[str, list[int]] = {}
+        for account in self._accounts:
+            info, capabilities = account.device.info, account.capabilities
+            if account.meter is not None:
                 self._log.info(
                     "watching GPU",
                     gpu=info.gpu,
                     uuid=info.uuid,
                     name=info.name,
                     energy_source=str(account.meter.source),
-                    activity=account.capabilities.has_activity,
+                    activity=capabilities.has_activity,
                 )
-        self.source.watch_events(devices)
-        self._plan()
-        self._publish(self._accounts)
+            elif capabilities.lost is None:
+                account.problem = "it gives no power reading; `jouletrace doctor` says why"
+            for sentence in advice(info, capabilities):
+                shortcomings.setdefault(sentence, []).append(info.gpu)
+        for sentence, gpus in shortcomings.items():
+            self._log.info(sentence, gpus=gpus)
 
     def _plan(self) -> None:
-        """Lay out the tasks, devices staggered over the interval so that no two are read back to back."""
+        """Lay out the tasks: the devices take turns over the interval, a few of them a turn."""
         self._tasks = []
+        turns = -(-len(self._accounts) // DEVICES_PER_TURN)
         for place, account in enumerate(self._accounts):
-            self._plan_device(account, place / len(self._accounts))
+            self._plan_device(account, place // DEVICES_PER_TURN / turns)
 
     def _plan_device(self, account: _DeviceAccount, phase: float) -> None:
         """Plan a device's tiers in place of what was planned for it; `phase` (0 to 1) is its turn."""
@@ -379,12 +459,11 @@ class Sampler:
         ]
         if capabilities.has_activity:
             tiers.append(("activity", lambda: intervals.activity * self._stretch, self._read_activity))
+            tiers.append(("graphics", lambda: intervals.graphics * self._stretch, self._read_graphics))
         # Memory in use must be known before the first idle window, the ring before the first snapshot.
         source = capabilities.energy_source
         if source is EnergySource.POWER_RING:
-            tiers.append(
-                ("ring", lambda: min(intervals.ring * self._stretch, RING_MOST_SECONDS), self._read_ring)
-            )
+            tiers.append(("ring", lambda: min(intervals.ring * self._stretch, RING_MOST_SECONDS), self._read_ring))
         elif source is not None:
             tiers.append(("polling", lambda: self._polling_seconds(account), self._poll_power))
         if capabilities.has_counter:
@@ -442,10 +521,6 @@ class Sampler:
         account = task.account
         try:
             task.run(account)
-        except UnsupportedError as failure:
-            self._note_error(failure)
-            self._refused(task, failure)
-            return False
         except DriverMismatchError as failure:
             raise DriverLostError(
                 "the NVIDIA driver was updated under this process (library and kernel module differ,"
@@ -454,19 +529,23 @@ class Sampler:
         except GpuError as failure:
             self._note_error(failure)
             if task.name == RETURN:
-                return False
+                return True
+            account.forget(task.name)
             if isinstance(failure, DeviceLostError):
                 self._lose(account, failure)
+            elif isinstance(failure, UnsupportedError):
+                self._refused(account, task.name, failure)
             else:
-                self._failing(account, failure)
-            return account.status is DeviceStatus.LOST
+                self._failing(account, task.name, failure)
+            return True
+        account.read_ns = self.source.clock.now_ns()
         account.refusals.pop(task.name, None)
-        if account.failing_since_ns is not None:
-            account.failing_since_ns = None
-            account.problem = ""
+        if account.failing.pop(task.name, None) is not None and not account.failing:
             self._recovered(account, "GPU answers again")
         if account.status is DeviceStatus.STARTING and account.meter is not None and account.meter.joules > 0:
             account.status = DeviceStatus.OK
+        if _is_energy(account, task.name):
+            account.learn_idle()
         return task.name in ("ring", "counter", RETURN) or (
             task.name == "state" and account.capabilities.energy_source is not EnergySource.POWER_RING
         )
@@ -476,12 +555,13 @@ class Sampler:
     def _read_ring(self, account: _DeviceAccount) -> None:
         meter = account.meter
         assert meter is not None
-        before_ns = meter.end_ns
         meter.add_ring(account.device.power_ring())
         if meter.wants_counter:
-            self._read_counter(account)
-        if before_ns is not None and meter.end_ns is not None and meter.end_ns > before_ns:
-            account.learn_idle(before_ns, meter.end_ns)
+            # On its own tier, where a counter that fails costs the counter and not the ring.
+            for task in self._tasks:
+                if task.account is account and task.name == "counter":
+                    task.due_ns = self.source.clock.now_ns()
+            heapq.heapify(self._tasks)
 
     def _read_counter(self, account: _DeviceAccount) -> None:
         if account.meter is not None:
@@ -494,6 +574,12 @@ class Sampler:
 
     def _read_activity(self, account: _DeviceAccount) -> None:
         reading = account.device.activity()
+        if reading is not None:
+            account.activity = reading
+            account.add_activity(reading)
+
+    def _read_graphics(self, account: _DeviceAccount) -> None:
+        reading = account.device.graphics_activity()
         if reading is not None:
             account.add_activity(reading)
 
@@ -510,102 +596,114 @@ class Sampler:
 
     # ---------------------------------------------------------------- failures
 
-    def _refused(self, task: _Task, failure: UnsupportedError) -> None:
-        """Count a refusal; a tier refused again and again is dropped, the energy source's is found anew."""
-        account = task.account
-        account.refusals[task.name] = account.refusals.get(task.name, 0) + 1
-        if account.refusals[task.name] < REFUSALS_TO_STOP:
+    def _refused(self, account: _DeviceAccount, tier: str, failure: UnsupportedError) -> None:
+        """Count a refusal; a tier refused again and again is dropped, the energy source is found anew."""
+        account.refusals[tier] = account.refusals.get(tier, 0) + 1
+        if _is_energy(account, tier):
+            if account.refusals[tier] >= ENERGY_REFUSALS:
+                self._change_sensor(account, failure)
+            return
+        if account.refusals[tier] < REFUSALS_TO_STOP:
             return
         info = account.device.info
-        self._log.warning(
-            "GPU refuses a reading, dropped", gpu=info.gpu, reading=task.name, error=str(failure)
-        )
-        source = account.meter.source if account.meter else None
-        if (task.name, source) in ENERGY_TIERS:
-            self._lose(account, failure)
+        self._log.warning("GPU refuses a reading, dropped", gpu=info.gpu, reading=tier, error=str(failure))
+        if tier == "activity":
+            account.capabilities = replace(account.capabilities, has_activity=False)
+
+    def _change_sensor(self, account: _DeviceAccount, failure: GpuError) -> None:
+        """Find out what the device can still measure, as for one that comes back, but at once."""
+        source = str(account.meter.source) if account.meter else None
+        self._fails(account, "GPU fails its energy sensor, looking for another one", failure, energy_source=source)
+        self._away(account, f"its energy sensor fails ({failure}); another one is being looked for", 0.0)
 
     def _note_error(self, failure: GpuError) -> None:
         self.source.calls.add_error(failure.call, failure.name)
 
-    def _failing(self, account: _DeviceAccount, failure: GpuError) -> None:
+    def _failing(self, account: _DeviceAccount, tier: str, failure: GpuError) -> None:
         """Note a failed read; after some time without any good one the device counts as lost."""
         now_ns = self.source.clock.now_ns()
-        account.failing_since_ns = account.failing_since_ns or now_ns
-        account.problem = str(failure)
-        # What was read before is not true any more, and absent is better than old.
-        account.power = account.state = account.health = account.activity = None
-        self._transitions.failed(
-            f"device {account.device.info.uuid}",
-            "GPU read fails",
-            gpu=account.device.info.gpu,
-            uuid=account.device.info.uuid,
-            error=str(failure),
-        )
-        if now_ns - account.failing_since_ns > REINIT_AFTER_SECONDS * NS:
+        since_ns = account.failing[tier].since_ns if tier in account.failing else now_ns
+        account.failing[tier] = _Failing(since_ns, str(failure))
+        self._fails(account, "GPU read fails", failure, reading=tier)
+        if now_ns - since_ns <= REINIT_AFTER_SECONDS * NS:
+            return
+        if account.read_ns is None or account.read_ns <= min(f.since_ns for f in account.failing.values()):
             self._lose(account, failure)
+        elif _is_energy(account, tier):
+            self._change_sensor(account, failure)
 
     def _lose(self, account: _DeviceAccount, failure: GpuError) -> None:
         """Drop a device and try to get it back by UUID, with growing patience."""
-        info = account.device.info
-        if account.status is not DeviceStatus.LOST:
-            account.status = DeviceStatus.LOST
-            account.problem = f"lost ({failure}); it is picked up again when it returns"
-            account.retry_seconds = RETRY_FIRST_SECONDS
-            self._transitions.failed(
-                f"device {info.uuid}", "GPU lost", gpu=info.gpu, uuid=info.uuid, error=str(failure)
-            )
+        self._fails(account, "GPU lost", failure)
+        self._away(account, f"lost ({failure}); it is picked up again when it returns", RETRY_FIRST_SECONDS)
+
+    def _away(self, account: _DeviceAccount, problem: str, retry_seconds: float) -> None:
+        """Stop all reads of a device; what comes next is the try to get it back."""
+        account.status = DeviceStatus.LOST
+        account.problem = problem
+        account.retry_seconds = retry_seconds
         self._tasks = [task for task in self._tasks if task.account is not account]
-        heapq.heapify(self._tasks)
-        due_ns = self.source.clock.now_ns() + int(account.retry_seconds * NS)
-        task = _Task(
-            due_ns, next(self._order), RETURN, account, lambda: account.retry_seconds, self._try_return
+        due_ns = self.source.clock.now_ns() + int(retry_seconds * NS)
+        self._tasks.append(
+            _Task(due_ns, next(self._order), RETURN, account, lambda: account.retry_seconds, self._try_return)
         )
-        heapq.heappush(self._tasks, task)
+        heapq.heapify(self._tasks)
 
     def _try_return(self, account: _DeviceAccount) -> None:
-        account.retry_seconds = min(account.retry_seconds * 2, RETRY_MOST_SECONDS)
+        account.retry_seconds = min(max(account.retry_seconds * 2, RETRY_FIRST_SECONDS), RETRY_MOST_SECONDS)
         device = self.source.reopen_device(account.device.info.uuid)
         [capabilities] = probe([device], self.source.clock, self._stop)
         self._readmit(account, device, capabilities)
+        self.source.watch_events([device])
 
     def _readmit(self, account: _DeviceAccount, device: Device, capabilities: Capabilities) -> None:
+        """Read a device again; raises GpuError when it has not really come back."""
+        if capabilities.lost is not None:
+            raise capabilities.lost
+        if capabilities.energy_source is None and account.meter is not None:
+            raise GpuError("nvmlDeviceGetPowerUsage", NOT_READY, "NOT_READY")
         account.adopt(device, capabilities)
         account.status = DeviceStatus.OK
         account.problem = ""
-        account.failing_since_ns = None
-        account.refusals.clear()
-        if account.meter is not None and capabilities.energy_source is not None:
-            account.meter.change_source(capabilities.energy_source)
-        self._recovered(account, "GPU is back")
+        source = str(account.meter.source) if account.meter else None
+        self._recovered(account, "GPU is back", energy_source=source)
         self._plan_device(account, 0.0)
 
-    def _recovered(self, account: _DeviceAccount, event: str) -> None:
+    def _fails(self, account: _DeviceAccount, event: str, failure: GpuError, **fields: str | None) -> None:
+        """Log that a device begins to fail, in whatever way; the end of it is one line as well."""
         info = account.device.info
-        self._transitions.recovered(f"device {info.uuid}", event, gpu=info.gpu, uuid=info.uuid)
+        self._transitions.failed(
+            f"device {info.uuid}", event, gpu=info.gpu, uuid=info.uuid, error=str(failure), **fields
+        )
+
+    def _recovered(self, account: _DeviceAccount, event: str, **fields: str | None) -> None:
+        info = account.device.info
+        self._transitions.recovered(f"device {info.uuid}", event, gpu=info.gpu, uuid=info.uuid, **fields)
 
     def _mend_all(self) -> None:
         """When every device fails the driver itself may be gone: start NVML anew, or give up in the end."""
         if not self._accounts or any(account.status is not DeviceStatus.LOST for account in self._accounts):
-            self._all_failing_since = None
+            self._all_lost_since_ns = None
             self._reinit_seconds = RETRY_FIRST_SECONDS
             return
-        now = time.monotonic()
-        if self._all_failing_since is None:
-            self._all_failing_since = now
-            self._reinit_at = now + REINIT_AFTER_SECONDS
-        if now - self._all_failing_since > self._give_up_after_seconds:
+        now_ns = self.source.clock.now_ns()
+        if self._all_lost_since_ns is None:
+            self._all_lost_since_ns = now_ns
+            self._reinit_at_ns = now_ns + int(REINIT_AFTER_SECONDS * NS)
+        if now_ns - self._all_lost_since_ns > self._give_up_after_seconds * NS:
+            what, _, _ = self._accounts[0].problem.partition(";")
             raise DriverLostError(
-                f"no GPU has answered for {self._give_up_after_seconds:.0f} s ({self._accounts[0].problem}): look at"
+                f"no GPU has answered for {self._give_up_after_seconds:.0f} s ({what}): look at"
                 " `nvidia-smi` and `dmesg | grep -i xid`; in a container, `systemctl daemon-reload` on the host may"
                 " have revoked the devices, and only a restart brings them back"
             )
-        if now < self._reinit_at:
+        if now_ns < self._reinit_at_ns:
             return
         self._reinit_seconds = min(self._reinit_seconds * 2, RETRY_MOST_SECONDS)
-        self._reinit_at = now + self._reinit_seconds
+        self._reinit_at_ns = now_ns + int(self._reinit_seconds * NS)
+        self.source.close()
         try:
-            self.source.close()
-            devices = {device.info.uuid: device for device in self.source.open()}
+            self._readmit_all(self.source.open())
         except DriverMismatchError as failure:
             raise DriverLostError(
                 "the NVIDIA driver was updated under this process (library and kernel module differ):"
@@ -613,13 +711,18 @@ class Sampler:
             ) from failure
         except (NoDriverError, GpuError) as failure:
             self._log.debug("driver is still away", error=str(failure))
-            return
-        for account in self._accounts:
-            device = devices.get(account.device.info.uuid)
-            if device is not None:
-                [capabilities] = probe([device], self.source.clock, self._stop)
-                self._readmit(account, device, capabilities)
-        self.source.watch_events(list(devices.values()))
+
+    def _readmit_all(self, devices: Sequence[Device]) -> None:
+        """Take back those of our devices that a driver started anew shows."""
+        ours = {account.device.info.uuid: account for account in self._accounts}
+        devices = [device for device in devices if device.info.uuid in ours]
+        found = probe(devices, self.source.clock, self._stop)
+        for device, capabilities in zip(devices, found, strict=True):
+            try:
+                self._readmit(ours[device.info.uuid], device, capabilities)
+            except GpuError as failure:
+                self._note_error(failure)
+        self.source.watch_events(devices)
 
     # ---------------------------------------------------------------- the rest
 
@@ -638,15 +741,15 @@ class Sampler:
 
     def _govern(self) -> None:
         """Keep within the CPU budget: lengthen the intervals above it, shorten them again well below."""
-        now, cpu = time.monotonic(), time.thread_time()
-        then, cpu_then = self._governed_at
+        now_ns, cpu = self.source.clock.now_ns(), time.thread_time()
         self._cpu_seconds = cpu
-        if now - then < GOVERNOR_SECONDS:
+        if self._governed_at is None:
+            self._governed_at = (now_ns, cpu)
+        then_ns, cpu_then = self._governed_at
+        if now_ns - then_ns < GOVERNOR_SECONDS * NS:
             return
-        self._governed_at = (now, cpu)
-        if then == 0.0:
-            return
-        used = (cpu - cpu_then) / (now - then)
+        self._governed_at = (now_ns, cpu)
+        used = (cpu - cpu_then) / ((now_ns - then_ns) / NS)
         if used > self._cpu_budget_ratio and self._stretch < GOVERNOR_MOST:
             self._stretch = min(self._stretch * GOVERNOR_STEP, GOVERNOR_MOST)
         elif used < GOVERNOR_RELAX_BELOW * self._cpu_budget_ratio and self._stretch > 1.0:

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 
 from jouletrace.metrics import names
 from jouletrace.snapshot import DeviceSnapshot, DeviceStatus, NodeSnapshot
@@ -68,9 +74,20 @@ def summary_family(metric: names.Metric) -> SummaryMetricFamily:
     return SummaryMetricFamily(metric.name, metric.help, labels=metric.labels, unit=metric.unit)
 
 
+def histogram_family(metric: names.Metric) -> HistogramMetricFamily:
+    """Return an empty histogram family."""
+    return HistogramMetricFamily(metric.name, metric.help, labels=metric.labels, unit=metric.unit)
+
+
 def empty_family(metric: names.Metric) -> Metric:
     """Return the family without samples, as `describe` needs it."""
-    return summary_family(metric) if metric.type == "summary" else family(metric)
+    match metric.type:
+        case "summary":
+            return summary_family(metric)
+        case "histogram":
+            return histogram_family(metric)
+        case _:
+            return family(metric)
 
 
 def per_device(

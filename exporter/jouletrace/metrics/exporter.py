@@ -20,6 +20,9 @@ from jouletrace.metrics.collector import (
     summary_family,
 )
 from jouletrace.metrics.device import device_collectors
+from jouletrace.metrics.ledger import ledger_collectors
+from jouletrace.requests.account import LedgerSnapshot
+from jouletrace.requests.inbox import Events
 from jouletrace.snapshot import DeviceStatus, NodeSnapshot
 
 MAX_DRIVER_ERRORS = 256
@@ -175,10 +178,12 @@ class Exporter:
         return families
 
 
-def node_collectors() -> tuple[Collector, ...]:
+def node_collectors(
+    account: Callable[[], LedgerSnapshot] = LedgerSnapshot, events: Callable[[], Events] = Events
+) -> tuple[Collector, ...]:
     """Return all collectors of the node, in the order of the page."""
     build = BuildCollector(jouletrace.__version__, platform.python_version())
-    return (build, *device_collectors(), SourceCollector(), SamplerCollector())
+    return (build, *device_collectors(), *ledger_collectors(account, events), SourceCollector(), SamplerCollector())
 
 
 def node_registry(
@@ -187,16 +192,18 @@ def node_registry(
     now_ns: Callable[[], int],
     heartbeat_age_seconds: Callable[[], float],
     stale_after_seconds: float,
+    account: Callable[[], LedgerSnapshot] = LedgerSnapshot,
+    events: Callable[[], Events] = Events,
 ) -> CollectorRegistry:
     """Return a registry that serves the node's metrics and those of this process.
 
-    `now_ns` is the clock of the snapshot's times. Readings are taken for old, and are not served, once the
-    sampler's heart has not beaten for `stale_after_seconds`.
+    `now_ns` is the clock of the snapshot's times; `account` and `events` are the ledger's. Readings are taken for
+    old, and are not served, once the sampler's heart has not beaten for `stale_after_seconds`.
     """
     registry = CollectorRegistry(auto_describe=True)
     exporter = Exporter(
         snapshot,
-        node_collectors(),
+        node_collectors(account, events),
         now_ns=now_ns,
         heartbeat_age_seconds=heartbeat_age_seconds,
         stale_after_seconds=stale_after_seconds,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jouletrace.gpu.readings import Pipe, Sensor, ThrottleReason
+from jouletrace.requests.account import Phase
+from jouletrace.requests.records import Status, Unit
 
 UNITS = ("joules", "watts", "seconds", "bytes", "hertz", "celsius", "ratio")
 """Base units, as OpenMetrics and the Prometheus naming guide have them."""
@@ -19,8 +21,9 @@ class Metric:
     """One metric family."""
 
     name: str
-    """As it is queried: counters end in `_total`; a summary is queried with `_count` and `_sum`."""
-    type: Literal["counter", "gauge", "summary"]
+    """As it is queried: counters end in `_total`; a summary is queried with `_count` and `_sum`, a histogram also
+    with `_bucket`."""
+    type: Literal["counter", "gauge", "summary", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
@@ -226,6 +229,109 @@ DEVICE = (
     GPU_ECC_ERRORS,
 )
 
+ATTRIBUTED_ENERGY_JOULES = Metric(
+    "jouletrace_attributed_energy_joules_total",
+    "counter",
+    "Energy that requests have used, in joules, without any idle energy (usage basis). Summed over everything, "
+    "with jouletrace_idle_energy_joules_total and jouletrace_unattributed_energy_joules_total, it is the energy of "
+    "the GPUs, up to what running requests have not been given yet. Do not add it to "
+    "jouletrace_allocated_energy_joules_total, which contains it.",
+    ("model", "tenant", "engine", "phase"),
+    tuple(Phase),
+)
+ALLOCATED_ENERGY_JOULES = Metric(
+    "jouletrace_allocated_energy_joules_total",
+    "counter",
+    "Energy of requests in joules with the idle energy of the GPUs that their engine holds spread over them "
+    "(allocated basis): what a bill should show.",
+    ("model", "tenant", "engine"),
+)
+IDLE_ENERGY_JOULES = Metric(
+    "jouletrace_idle_energy_joules_total",
+    "counter",
+    "Energy used while no request ran, in joules: bare while no process held a context on the GPU, parked while an "
+    "engine held one and waited for work.",
+    (*_DEVICE, "kind"),
+    ("bare", "parked"),
+)
+UNATTRIBUTED_ENERGY_JOULES = Metric(
+    "jouletrace_unattributed_energy_joules_total",
+    "counter",
+    "Energy of work that no request accounts for, in joules: other programs, engines that send no records, records "
+    "that were lost. It is never spread over those who do send theirs.",
+    _DEVICE,
+)
+REQUEST_ENERGY_JOULES = Metric(
+    "jouletrace_request_energy_joules",
+    "histogram",
+    "Energy of a settled request in joules (usage basis). In OpenMetrics each bucket carries the trace_id of a "
+    "request that fell into it.",
+    ("model",),
+)
+REQUESTS = Metric(
+    "jouletrace_requests_total",
+    "counter",
+    "Requests that have ended, by how.",
+    ("model", "tenant", "status"),
+    (Status.FINISHED, Status.CANCELLED, Status.FAILED),
+)
+REQUESTS_IN_FLIGHT = Metric(
+    "jouletrace_requests_in_flight",
+    "gauge",
+    "Requests that have begun and not ended, as far as their records say.",
+    ("engine",),
+)
+TOKENS = Metric(
+    "jouletrace_tokens_total",
+    "counter",
+    "Tokens of ended requests. input contains cached_input, the part that a prefix cache saved from being computed. "
+    "Joules per token: rate of energy over rate of this.",
+    ("model", "tenant", "direction"),
+    ("input", "cached_input", "output"),
+)
+UNITS_MADE = Metric(
+    "jouletrace_units_total",
+    "counter",
+    "What ended requests made that is not tokens.",
+    ("model", "tenant", "unit"),
+    tuple(Unit),
+)
+ATTRIBUTION_COVERAGE_RATIO = Metric(
+    "jouletrace_attribution_coverage_ratio",
+    "gauge",
+    "Part of the engine's busy energy over the last minutes that requests account for, 0 to 1. Well under 1 means "
+    "that records are missing; jouletrace_events_dropped_total says whether they came in.",
+    ("engine",),
+)
+EVENTS = Metric(
+    "jouletrace_events_total",
+    "counter",
+    "Records of engines, steps and requests that came in, by the way they came, since the start of the process.",
+    ("source",),
+)
+EVENTS_DROPPED = Metric(
+    "jouletrace_events_dropped_total",
+    "counter",
+    "Those of jouletrace_events_total that were not taken, by reason. duplicate is harmless; each other reason "
+    "lowers the coverage.",
+    ("source", "reason"),
+)
+
+LEDGER = (
+    ATTRIBUTED_ENERGY_JOULES,
+    ALLOCATED_ENERGY_JOULES,
+    IDLE_ENERGY_JOULES,
+    UNATTRIBUTED_ENERGY_JOULES,
+    REQUEST_ENERGY_JOULES,
+    REQUESTS,
+    REQUESTS_IN_FLIGHT,
+    TOKENS,
+    UNITS_MADE,
+    ATTRIBUTION_COVERAGE_RATIO,
+    EVENTS,
+    EVENTS_DROPPED,
+)
+
 BUILD_INFO = Metric(
     "jouletrace_build_info",
     "gauge",
@@ -326,7 +432,7 @@ SELF = (
     COLLECTOR_SUCCESS,
 )
 
-ALL = (*DEVICE, *SELF)
+ALL = (*DEVICE, *LEDGER, *SELF)
 
 _PREAMBLE = """\
 # Metrics
@@ -352,7 +458,8 @@ Served at `/metrics` as Prometheus text 0.0.4 or, when the scraper accepts it, O
   `jouletrace_sample_age_seconds` grows and `jouletrace_up` is 0.
 - **A counter never goes down** while the process lives. After a restart it begins at 0 again, which
   `rate()` and `increase()` understand. Counters that the driver keeps begin again when the driver is
-  loaded.
+  loaded. The energy, requests, tokens and units under "Requests" go on where they were, until the machine is
+  booted.
 - `gpu` is the driver's index and can change with a reboot; `uuid` is the GPU itself. There is no host
   label: Prometheus adds `instance`.
 - Label values are closed sets where the table lists them. No request, process or user id is ever a label.
@@ -368,7 +475,13 @@ _PROCESS = """\
 
 def reference_markdown() -> str:
     """Return docs/metrics.md."""
-    parts = [_PREAMBLE, _table("GPUs", DEVICE), _table("The exporter itself", SELF), _PROCESS]
+    parts = [
+        _PREAMBLE,
+        _table("GPUs", DEVICE),
+        _table("Requests", LEDGER),
+        _table("The exporter itself", SELF),
+        _PROCESS,
+    ]
     return "\n".join(parts)
 
 

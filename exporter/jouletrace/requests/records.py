@@ -46,11 +46,23 @@ class Unit(StrEnum):
     EMBEDDING = "embedding"
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RecordKind(StrEnum):
+    """What a record is about; the value of its field `record` where a transport carries all three."""
+
+    ENGINE = "engine"
+    STEP = "step"
+    REQUEST = "request"
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record"):
     pass
 
 
-class EngineRecord(_Record, frozen=True, kw_only=True):
+class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+class EngineRecord(_Record, frozen=True, kw_only=True, tag=RecordKind.ENGINE.value):
     """A serving process group and the devices that it owns."""
 
     engine_id: Identifier
@@ -65,14 +77,14 @@ class EngineRecord(_Record, frozen=True, kw_only=True):
     role: Role = Role.MIXED
 
 
-class PrefillPart(_Record, frozen=True, kw_only=True):
+class PrefillPart(_Part, frozen=True, kw_only=True):
     """The freshly computed prompt tokens of one request in one step."""
 
     request_id: Identifier
     tokens: Count
 
 
-class StepRecord(_Record, frozen=True, kw_only=True):
+class StepRecord(_Record, frozen=True, kw_only=True, tag=RecordKind.STEP.value):
     """One forward pass (or a few in a row with the same members): when, and who took part."""
 
     engine_id: Identifier
@@ -100,7 +112,7 @@ class StepRecord(_Record, frozen=True, kw_only=True):
         return self.prefill is not None or self.decode is not None
 
 
-class Usage(_Record, frozen=True, kw_only=True):
+class Usage(_Part, frozen=True, kw_only=True):
     """What a request consumed and produced: tokens, or a number of other units."""
 
     input: Count = 0
@@ -112,7 +124,7 @@ class Usage(_Record, frozen=True, kw_only=True):
     count: Count = 0
 
 
-class RequestRecord(_Record, frozen=True, kw_only=True):
+class RequestRecord(_Record, frozen=True, kw_only=True, tag=RecordKind.REQUEST.value):
     """One inference. The same id may come again with more known: fields that are set replace older ones."""
 
     request_id: Identifier
@@ -129,6 +141,9 @@ class RequestRecord(_Record, frozen=True, kw_only=True):
     usage: Usage | None = None
 
 
+Record = EngineRecord | StepRecord | RequestRecord
+
+
 class RecordError(ValueError):
     """A record makes no sense; the message names the field, what is wrong and what is expected."""
 
@@ -142,7 +157,9 @@ def check_step(record: StepRecord) -> None:
     if record.decode is not None and record.decode_requests is not None:
         raise RecordError("decode_requests: is given beside decode; send one of the two")
     if not record.has_members and record.prefill_tokens is None and record.decode_requests is None:
-        raise RecordError("decode: a step needs its members (prefill, decode) or counts (prefill_tokens, decode_requests)")
+        raise RecordError(
+            "decode: a step needs its members (prefill, decode) or counts (prefill_tokens, decode_requests)"
+        )
 
 
 def check_request(record: RequestRecord) -> None:

@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 
 from jouletrace.energy.meter import EnergySource, Meter
-from jouletrace.gpu.readings import CounterReading, Float64s, Int64s, PowerReading, PowerSamples
+from jouletrace.gpu.readings import CounterReading, DeviceInfo, Float64s, Int64s, PowerReading, PowerSamples
+from jouletrace.requests.calibrate import Calibration, CalibrationRefusedError, fit
+from jouletrace.requests.law import Law
+from jouletrace.trace.account import Account
+from jouletrace.trace.events import Fidelity, Span, samples, steady_phases, step_windows
 from jouletrace.trace.recording import (
     ENERGY_COUNTER,
     FORMAT,
@@ -62,13 +66,16 @@ class _Window:
             self.covered_ns += energy.covered_ns
 
 
-def analyze(recording: Recording) -> dict[str, Any]:
-    """Return the energy of a recording and of each of its phases, ready for JSON.
+def analyze(recording: Recording, *, fidelity: Fidelity = Fidelity.STEPS) -> dict[str, Any]:
+    """Return the energy of a recording, of each of its phases and of each of its requests, ready for JSON.
 
     Keys: `format`, `gpu`, `energy_joules` and `counter_joules` (both from the first to the last counter row
     that the energy source spans; without a counter the whole span and `None`), `energy_source`, `phases`
-    (name, labels, start_ns, end_ns, energy_joules, low, high, average_watts) and `warnings`, sentences.
-    Raises RecordingError when the recording holds neither power nor energy.
+    (name, labels, start_ns, end_ns, energy_joules, low, high, average_watts), `requests` (id, tenant,
+    energy_joules, low, high, prefill_joules, decode_joules, method), `ledger` (attributed_joules, idle_joules by
+    bare and parked, unattributed_joules, device_joules = `energy_joules`, residual_joules) and `warnings`, sentences.
+    With boundaries alone requests are split by a law fitted to the recording's own steady phases, if it has any.
+    Raises RecordingError when the recording holds neither power nor energy, or an event that makes no sense.
     """
     info = device_info(recording)
     source = energy_source(recording)
@@ -80,13 +87,10 @@ def analyze(recording: Recording) -> dict[str, Any]:
     counted = counter.between(first_ns, last_ns)
     whole = _Window(int(counted.t_ns[0]), int(counted.t_ns[-1])) if counted else _Window(first_ns, last_ns)
     windows = [_Window(phase.start_ns, phase.end_ns) for phase in phases]
-    meter = Meter(
-        source,
-        limit_watts=info.power_limit_watts,
-        architecture=info.architecture,
-        has_counter=len(counter.t_ns) > 0,
-    )
-    _run(meter, recording, [whole, *windows])
+    law = _own_law(recording, fidelity)
+    account = Account(recording, info, fidelity=fidelity, law=law, start_ns=whole.start_ns, end_ns=whole.end_ns)
+    meter = _meter(recording, source, info)
+    _run(meter, recording, [whole, *windows], account)
     results = [_phase_result(*pair, warnings) for pair in zip(phases, windows, strict=True)]
     _warn_of_sensors(meter, warnings)
     return {
@@ -102,8 +106,44 @@ def analyze(recording: Recording) -> dict[str, Any]:
         "energy_joules": whole.joules,
         "counter_joules": counted.rise() / 1e3 if counted else None,
         "phases": results,
+        **account.results(),
         "warnings": warnings,
     }
+
+
+def calibrate(recording: Recording, fidelity: Fidelity = Fidelity.STEPS) -> Calibration:
+    """Return the step-energy law of a recording: from its steady phases, or else from windows of its steps.
+
+    With boundaries alone the steps are not looked at. Raises CalibrationRefusedError with the reason why the
+    recording cannot tell, and RecordingError when its energy is not known.
+    """
+    try:
+        return fit(samples(*_energies(recording, steady_phases(recording))))
+    except CalibrationRefusedError:
+        windows = step_windows(recording) if fidelity is Fidelity.STEPS else []
+        if not windows:
+            raise
+    return fit(samples(*_energies(recording, windows)))
+
+
+def _own_law(recording: Recording, fidelity: Fidelity) -> Law | None:
+    try:
+        return calibrate(recording, fidelity).law
+    except CalibrationRefusedError:
+        return None
+
+
+def _energies(recording: Recording, spans: Sequence[Span]) -> tuple[Sequence[Span], Sequence[float | None]]:
+    """Return spans and the energy of each, joules; None for one that is not wholly known."""
+    if not spans:
+        return spans, []
+    windows = [_Window(span.start_ns, span.end_ns) for span in spans]
+    _run(_meter(recording, energy_source(recording), device_info(recording)), recording, windows)
+    known = [
+        window.joules if window.covered_ns == span.end_ns - span.start_ns else None
+        for window, span in zip(windows, spans, strict=True)
+    ]
+    return spans, known
 
 
 def energy_source(recording: Recording) -> EnergySource:
@@ -249,8 +289,17 @@ def _span(recording: Recording, source: EnergySource) -> tuple[int, int]:
 # -------------------------------------------------------------------- running the meter
 
 
-def _run(meter: Meter, recording: Recording, windows: Sequence[_Window]) -> None:
-    """Feed the recording to the meter and add up the windows' energies."""
+def _meter(recording: Recording, source: EnergySource, info: DeviceInfo) -> Meter:
+    return Meter(
+        source,
+        limit_watts=info.power_limit_watts,
+        architecture=info.architecture,
+        has_counter=len(_valid_rows(recording, ENERGY_COUNTER, "mj").t_ns) > 0,
+    )
+
+
+def _run(meter: Meter, recording: Recording, windows: Sequence[_Window], account: Account | None = None) -> None:
+    """Feed the recording to the meter, add up the windows' energies and keep the account."""
     cut_ns: int | None = None
 
     def add_up_to_now() -> None:
@@ -262,10 +311,14 @@ def _run(meter: Meter, recording: Recording, windows: Sequence[_Window]) -> None
                 window.add(meter, from_ns, cut_ns)
 
     for _ in _feed(meter, recording):
+        if account is not None and meter.timeline is not None:
+            account.advance(meter.timeline)
         if meter.timeline is not None and meter.timeline.end_ns - (cut_ns or meter.timeline.start_ns) >= CUT_NS:
             add_up_to_now()
     meter.flush()
     add_up_to_now()
+    if account is not None and meter.timeline is not None:
+        account.close(meter.timeline)
 
 
 def _feed(meter: Meter, recording: Recording) -> Iterator[None]:

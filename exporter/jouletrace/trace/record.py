@@ -23,6 +23,7 @@ from jouletrace.gpu.readings import (
     GpuError,
     Int64s,
     Source,
+    ThrottleReason,
     UnsupportedError,
 )
 from jouletrace.trace import recording as trace
@@ -178,6 +179,7 @@ class _DeviceRecording:
         self.path = path
         self.problem = ""
         self._throttle_ns = rates.throttle_ns
+        self._slow_throttled_ns: Mapping[ThrottleReason, int] = {}
         self._events: list[dict[str, Any]] = []
         self._tables = {
             trace.POWER_RING: _Table("mw"),
@@ -288,12 +290,15 @@ class _DeviceRecording:
         reading = self.device.activity()
         if reading is None:
             return
+        # The same interval within microseconds; its 2 ms a read are what a recording costs.
+        graphics = self.device.graphics_activity()
+        busy_ratio = {**(graphics.busy_ratio if graphics else {}), **reading.busy_ratio}
         table = self._tables[trace.GPM]
         if table.last_ns < reading.start_ns:
             # A row is the mean since the row before: the first interval's beginning needs a row of its own.
             table.add(reading.start_ns, {})
         cells: dict[str, float | None] = {trace.DRAM_COLUMN: _scaled(reading.dram_ratio, 1e2)}
-        cells |= {trace.PIPE_COLUMNS[pipe]: _scaled(ratio, 1e2) for pipe, ratio in reading.busy_ratio.items()}
+        cells |= {trace.PIPE_COLUMNS[pipe]: _scaled(ratio, 1e2) for pipe, ratio in busy_ratio.items()}
         cells |= {trace.LINK_COLUMNS[link]: _scaled(rate, 2.0**-20) for link, rate in reading.bytes_per_second.items()}
         table.add(reading.end_ns, cells)
 
@@ -311,12 +316,14 @@ class _DeviceRecording:
             cells[column] = _scaled(reading.utilization_ratio.get(kind), 1e2)
         self._tables[trace.STATE].add(reading.t_ns, cells)
         throttled = self._tables[trace.VIOLATION]
-        if reading.throttled_ns and reading.t_ns - throttled.last_ns >= self._throttle_ns:
-            row = {trace.THROTTLE_COLUMNS[reason]: float(spent) for reason, spent in reading.throttled_ns.items()}
+        throttled_ns = {**self._slow_throttled_ns, **reading.throttled_ns}
+        if throttled_ns and reading.t_ns - throttled.last_ns >= self._throttle_ns:
+            row = {trace.THROTTLE_COLUMNS[reason]: float(spent) for reason, spent in throttled_ns.items()}
             throttled.add(reading.t_ns, row)
 
     def _read_health(self) -> None:
         reading = self.device.health()
+        self._slow_throttled_ns = reading.throttled_ns
         if reading.processes is None:
             return
         rows: list[dict[str, float | None]] = [

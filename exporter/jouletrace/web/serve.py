@@ -62,6 +62,8 @@ class WebServer:
                 keepalive_timeout=keep_alive_seconds,
                 max_line_size=MAX_LINE_BYTES,
                 max_field_size=MAX_LINE_BYTES,
+                # Handlers unpack bodies themselves, with a limit; aiohttp logs a traceback for a damaged one.
+                auto_decompress=False,
                 # None turns the access log off, as in AppRunner; only the annotation denies it.
                 access_log=None,  # type: ignore[arg-type]
             )

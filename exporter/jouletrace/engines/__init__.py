@@ -1,0 +1,1 @@
+"""What feeds records: sockets, and the client that programs use to send them."""

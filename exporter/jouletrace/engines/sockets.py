@@ -1,0 +1,335 @@
+"""Unix sockets for records: NDJSON over a stream, and records in datagrams for senders that must never wait.
+
+Both know the sender's process: the kernel tells its pid, as this process's own pid namespace counts it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from struct import Struct
+from typing import Final
+
+import msgspec
+import structlog
+
+from jouletrace.requests.decoding import SLICE_LINES, LineError, RecordDecoder
+from jouletrace.requests.inbox import Inbox, Loss, Origin
+from jouletrace.requests.records import EngineRecord, Record
+
+MAX_LINE_BYTES: Final = 1 << 20
+"""A step of 16,384 requests with ids of 40 bytes takes 700 kB."""
+MAX_DATAGRAM_BYTES: Final = 256 << 10
+"""Linux sends nothing larger than the sender's SO_SNDBUF, 208 kB by default (net.core.wmem_default)."""
+MAX_CONNECTIONS: Final = 256
+DATAGRAMS_PER_TURN: Final = 64
+"""Datagrams that are read before others on the event loop get their turn: about a millisecond."""
+MODES: Final = {"owner": 0o600, "group": 0o660, "everyone": 0o666}
+COMPLAINT_SECONDS: Final = 60.0
+"""Refused records are logged at most this often; the metrics count each."""
+
+_CREDENTIALS: Final = Struct("3i")  # struct ucred of sys/socket.h: pid, uid, gid
+
+_log = structlog.get_logger(__name__)
+
+
+class SocketError(Exception):
+    """A socket cannot be opened; the message says which, why and what to do."""
+
+
+class Intake:
+    """Takes decoded lines of one way in: names the sender's process, counts and reports what is refused."""
+
+    def __init__(self, inbox: Inbox, origin: Origin) -> None:
+        self.inbox = inbox
+        self.origin = origin
+        self._decoder = RecordDecoder()
+        self._quiet_until = 0.0
+
+    def decode(self, lines: Sequence[bytes], pid: int) -> list[Record]:
+        """Return the good records; the others are counted."""
+        part = self._decoder.lines(lines)
+        if part.errors:
+            self.refuse(Loss.INVALID, part.errors[0], pid, len(part.errors))
+        if pid <= 0:  # The sender lives in a pid namespace that we cannot see into.
+            return list(part.records)
+        return [_with_pid(record, pid) for record in part.records]
+
+    def refuse(self, reason: Loss, error: LineError | str, pid: int, count: int = 1) -> None:
+        """Count what cannot be taken and say why, now and then."""
+        self.inbox.lost(self.origin, reason, count)
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + COMPLAINT_SECONDS
+            problem = f"{error.field}: {error.message}".removeprefix(": ") if isinstance(error, LineError) else error
+            _log.warning("a record was refused", source=self.origin.value, pid=pid, problem=problem)
+
+
+def _with_pid(record: Record, pid: int) -> Record:
+    if type(record) is EngineRecord and record.pid is None:
+        return msgspec.structs.replace(record, pid=pid)
+    return record
+
+
+class StreamServer:
+    """Listens on a Unix stream socket. A full inbox stops the reading, which in time stops the writers."""
+
+    def __init__(self, inbox: Inbox, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        self._intake = Intake(inbox, Origin.STREAM)
+        self._max_line_bytes = max_line_bytes
+        self._connections: set[_Connection] = set()
+        self._path: Path | None = None
+        self._server: asyncio.Server | None = None
+
+    async def start(self, path: Path, mode: int = MODES["group"]) -> None:
+        """Listen; raises SocketError."""
+        sock = _bound(path, socket.SOCK_STREAM, mode)
+        sock.listen(socket.SOMAXCONN)
+        sock.setblocking(False)
+        self._path = path
+        self._server = await asyncio.get_running_loop().create_unix_server(self._connection, sock=sock)
+
+    async def stop(self) -> None:
+        """Close the socket and all connections and remove the file."""
+        if self._server is None or self._path is None:
+            return
+        self._server.close()
+        for connection in tuple(self._connections):
+            connection.end()
+        _remove(self._path)
+        self._server = None
+
+    def _connection(self) -> "_Connection":
+        return _Connection(self._intake, self._connections, self._max_line_bytes)
+
+
+class _Connection(asyncio.Protocol):
+    """One writer's lines."""
+
+    def __init__(self, intake: Intake, connections: "set[_Connection]", max_line_bytes: int) -> None:
+        self._intake = intake
+        self._connections = connections
+        self._max_line_bytes = max_line_bytes
+        self._transport: asyncio.Transport | None = None
+        self._pid = 0
+        self._rest = bytearray()
+        """The beginning of a line whose end has not come yet."""
+        self._skipping = False
+        """Whether that line is over the limit, so that what comes of it is thrown away."""
+        self._feeding: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        if len(self._connections) >= MAX_CONNECTIONS:
+            _log.warning("a connection was turned away: too many at a time", limit=MAX_CONNECTIONS)
+            transport.abort()
+            return
+        self._transport = transport
+        self._connections.add(self)
+        sock = transport.get_extra_info("socket")
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self._pid = _CREDENTIALS.unpack(raw)[0]
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport is None:
+            return
+        head, newline, tail = data.rpartition(b"\n")
+        if not newline:
+            self._keep(tail)
+            return
+        lines = (bytes(self._rest) + head).split(b"\n")
+        self._rest.clear()
+        if self._skipping:
+            del lines[0]
+            self._skipping = False
+        self._keep(tail)
+        self._feed(lines)
+
+    def eof_received(self) -> bool:
+        # A last line without its newline counts if it is whole: a JSON object shows its end.
+        line = bytes(self._rest)
+        self._rest.clear()
+        if line.strip() and not self._skipping:
+            if line.rstrip().endswith(b"}"):
+                self._feed([line])
+            else:
+                self._intake.refuse(Loss.INCOMPLETE, "the connection ended in the middle of a line", self._pid)
+        return False
+
+    def connection_lost(self, failure: Exception | None) -> None:
+        if self._feeding is None:
+            self._connections.discard(self)
+        if self._rest and not self._skipping:
+            self._intake.refuse(Loss.INCOMPLETE, "the connection broke in the middle of a line", self._pid)
+            self._rest.clear()
+
+    def end(self) -> None:
+        """Close from our side; lines that were read and not taken are counted."""
+        if self._feeding is not None:
+            self._feeding.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _keep(self, tail: bytes) -> None:
+        if self._skipping:
+            return
+        self._rest += tail
+        if len(self._rest) > self._max_line_bytes:
+            self._too_long()
+            self._rest.clear()
+            self._skipping = True
+
+    def _too_long(self) -> None:
+        problem = f"a line is over {self._max_line_bytes} bytes; send less in one record"
+        self._intake.refuse(Loss.TOO_LONG, problem, self._pid)
+
+    def _feed(self, lines: list[bytes]) -> bool:
+        """Hand lines on; while the inbox is full, nothing more is read. Returns whether all have been taken."""
+        for start in range(0, len(lines), SLICE_LINES):
+            part = [line for line in lines[start : start + SLICE_LINES] if len(line) <= self._max_line_bytes]
+            for _ in range(len(lines[start : start + SLICE_LINES]) - len(part)):
+                self._too_long()
+            records = self._intake.decode(part, self._pid)
+            if not self._intake.inbox.offer(self._intake.origin, records):
+                assert self._transport is not None
+                self._transport.pause_reading()
+                self._feeding = asyncio.create_task(self._feed_later(records, lines[start + SLICE_LINES :]))
+                return False
+        return True
+
+    async def _feed_later(self, records: list[Record], lines: list[bytes]) -> None:
+        intake = self._intake
+        try:
+            while not intake.inbox.offer(intake.origin, records):
+                await intake.inbox.room()
+        except asyncio.CancelledError:
+            intake.inbox.lost(intake.origin, Loss.QUEUE_FULL, len(records) + sum(1 for line in lines if line.strip()))
+            raise
+        self._feeding = None
+        if self._feed(lines) and self._transport is not None:
+            if self._transport.is_closing():
+                self._connections.discard(self)
+            else:
+                self._transport.resume_reading()
+
+
+class DatagramServer:
+    """Listens on a Unix datagram socket. What finds the inbox full is dropped: its senders must never wait.
+
+    The kernel holds only net.unix.max_dgram_qlen datagrams (10 where nobody has raised it) and refuses more to the
+    sender with EAGAIN; several records in a datagram, a line each, go further.
+    """
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._intake = Intake(inbox, Origin.DATAGRAM)
+        self._buffer = bytearray(MAX_DATAGRAM_BYTES)
+        self._view = memoryview(self._buffer)
+        self._path: Path | None = None
+        self._sock: socket.socket | None = None
+
+    async def start(self, path: Path, mode: int = MODES["group"]) -> None:
+        """Listen; raises SocketError."""
+        sock = _bound(path, socket.SOCK_DGRAM, mode)
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._path, self._sock = path, sock
+        asyncio.get_running_loop().add_reader(sock.fileno(), self._read)
+
+    async def stop(self) -> None:
+        """Close the socket and remove the file."""
+        if self._sock is None or self._path is None:
+            return
+        self._read()
+        asyncio.get_running_loop().remove_reader(self._sock.fileno())
+        self._sock.close()
+        _remove(self._path)
+        self._sock = None
+
+    def _read(self) -> None:
+        assert self._sock is not None
+        for _ in range(DATAGRAMS_PER_TURN):
+            try:
+                size, ancillary, flags, _ = self._sock.recvmsg_into(
+                    [self._buffer], socket.CMSG_SPACE(_CREDENTIALS.size)
+                )
+            except BlockingIOError:
+                return
+            pid = next(
+                (_CREDENTIALS.unpack(data)[0] for _, kind, data in ancillary if kind == socket.SCM_CREDENTIALS), 0
+            )
+            if flags & socket.MSG_TRUNC:
+                self._intake.refuse(Loss.TOO_LONG, f"a datagram is over {MAX_DATAGRAM_BYTES} bytes", pid)
+                continue
+            records = self._intake.decode(bytes(self._view[:size]).split(b"\n"), pid)
+            if not self._intake.inbox.offer(self._intake.origin, records):
+                self._intake.inbox.lost(self._intake.origin, Loss.QUEUE_FULL, len(records))
+
+
+def _bound(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:
+    """Return a bound socket, in the place of one that nobody listens on any more; raises SocketError."""
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        _make_room(path, kind)
+        # The mode is set by the mask, so that at no moment the socket is open to more than it should be.
+        mask = os.umask(0o777 & ~mode)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(mask)
+    except OSError as error:
+        sock.close()
+        raise SocketError(f"Cannot listen on {path}: {_reason(path, error)}") from error
+    except SocketError:
+        sock.close()
+        raise
+    return sock
+
+
+def _make_room(path: Path, kind: socket.SocketKind) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise SocketError(
+            f"Cannot listen on {path}: there is a file that is not a socket; remove it or choose another."
+        )
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass  # Somebody listens and is busy.
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise
+    raise SocketError(
+        f"Cannot listen on {path}: somebody does already, perhaps another jouletrace; `ss -xlp` shows who. "
+        "Stop that, or choose another path."
+    )
+
+
+def _reason(path: Path, error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return f"the directory {path.parent} does not exist; create it or choose another path."
+        case errno.EACCES | errno.EPERM:
+            return f"this user may not write to {path.parent}; change its owner or choose another path."
+        case None:
+            # bind() of a path over 107 bytes (sun_path, unix(7)) has no number, only words.
+            return "the path is longer than the 107 bytes that Linux allows; choose a shorter one."
+        case _:
+            return f"{error.strerror}."
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

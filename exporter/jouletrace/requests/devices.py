@@ -1,0 +1,74 @@
+"""What the ledger knows of a device while it settles: energy over time, and whether anybody held it or worked on it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jouletrace.energy.timeline import Timeline
+
+Int64s = NDArray[np.int64]
+Float64s = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BusyTrack:
+    """Whether work ran: `busy[i]` holds for (end_ns[i - 1], end_ns[i]]; end_ns increases."""
+
+    end_ns: Int64s
+    busy: Bools
+
+    def at(self, times_ns: Int64s) -> Bools:
+        """Return the flag at each time; outside the track its first and last flag hold."""
+        if not len(self.end_ns):
+            return np.zeros(len(times_ns), np.bool_)
+        found: Bools = self.busy[np.minimum(np.searchsorted(self.end_ns, times_ns), len(self.busy) - 1)]
+        return found
+
+    def changes(self, from_ns: int, until_ns: int) -> Int64s:
+        """Return the times in [from_ns, until_ns] at which the flag changes."""
+        turns = self.end_ns[:-1][self.busy[1:] != self.busy[:-1]]
+        inside: Int64s = turns[slice(*np.searchsorted(turns, [from_ns, until_ns + 1]))]
+        return inside
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceView:
+    """One device at one pass of settling."""
+
+    timeline: Timeline
+    held: bool | None = None
+    """Whether a process holds a context; None when not known (taken as held when an engine owns the device)."""
+    busy: BusyTrack | None = None
+    """From GPM activity (or utilization); None when not known (time without requests is then taken as idle)."""
+    engine_shares: Mapping[str, float] | None = None
+    """SM-time share by engine id over the last reading, for a device that several engines share."""
+
+
+def brackets(view: DeviceView, times_ns: Int64s) -> Float64s:
+    """Return by how much E(t) may be off at each time, joules: the distance to the farther end of t's segment.
+
+    The sensor knows the energy of a whole segment (a 20 ms sample, a 100 ms tick), not where in it the energy went.
+    """
+    node_ns, joules = view.timeline.nodes()
+    after = np.clip(np.searchsorted(node_ns, times_ns), 1, max(len(node_ns) - 1, 1))
+    if len(node_ns) < 2:
+        return np.zeros(len(times_ns))
+    energy = view.timeline.energies_at(times_ns)
+    off: Float64s = np.maximum(energy - joules[after - 1], joules[after] - energy)
+    return np.maximum(off, 0.0)
+
+
+def slack(view: DeviceView, from_ns: int, until_ns: int) -> float:
+    """Return how uncertain the energy of (from_ns, until_ns] is beyond its two edges, as a part of it, 0 to 1.
+
+    That is what gaps and coarse sensors leave open; 0 for a ring without gaps.
+    """
+    window = view.timeline.window(from_ns, until_ns)
+    if window.joules <= 0:
+        return 0.0
+    edges = float(brackets(view, np.array([from_ns, until_ns], np.int64)).sum())
+    off = max(window.joules - window.low, window.high - window.joules) - edges
+    return min(max(off / window.joules, 0.0), 1.0)

@@ -1,0 +1,120 @@
+"""The bounded queue between those who receive records and the ledger, and the count of what came and what was lost."""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from jouletrace.requests.records import Record
+
+
+class Origin(StrEnum):
+    """The way by which records came in; the label `source` of `events_total`."""
+
+    HTTP = "http"
+    STREAM = "stream"
+    DATAGRAM = "datagram"
+
+
+class Loss(StrEnum):
+    """Why a record never reached the ledger; the ledger's own reasons are in `account.Taken`."""
+
+    INVALID = "invalid"
+    """It could not be decoded or contradicts itself."""
+    QUEUE_FULL = "queue_full"
+    TOO_LONG = "too_long"
+    """A line or datagram over the limit."""
+    INCOMPLETE = "incomplete"
+    """The connection ended in the middle of a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Counts since the start of the process: what came in = what the ledger took + what was dropped."""
+
+    received: Mapping[str, int] = field(default_factory=dict)
+    """By origin."""
+    dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """By origin and reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records that arrived together."""
+
+    origin: str
+    records: Sequence[Record]
+
+
+class Inbox:
+    """A queue of records that belongs to the event loop; it never holds more than `capacity` of them."""
+
+    def __init__(self, capacity: int = 65_536) -> None:
+        self.capacity = capacity
+        self._batches: deque[Batch] = deque()
+        self._waiting = 0
+        self._filled = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._received: Counter[str] = Counter()
+        self._dropped: Counter[tuple[str, str]] = Counter()
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def offer(self, origin: str, records: Sequence[Record]) -> bool:
+        """Take all of the records and count them as received, or take none and return False."""
+        if not records:
+            return True
+        if self._waiting + len(records) > self.capacity:
+            self._room.clear()
+            return False
+        self._received[origin] += len(records)
+        self._batches.append(Batch(origin, records))
+        self._waiting += len(records)
+        self._drained.clear()
+        self._filled.set()
+        return True
+
+    def lost(self, origin: str, reason: str, count: int = 1) -> None:
+        """Count records that came in and cannot be taken."""
+        if count:
+            self._received[origin] += count
+            self._dropped[origin, reason] += count
+
+    def refused(self, origin: str, reason: str) -> None:
+        """Count a record as dropped that was received before."""
+        self._dropped[origin, reason] += 1
+
+    def take(self) -> Batch | None:
+        """Return the oldest batch, None when there is none; `done` must follow once its records are dealt with."""
+        return self._batches.popleft() if self._batches else None
+
+    def done(self, batch: Batch) -> None:
+        """Give the batch's room back."""
+        self._waiting -= len(batch.records)
+        # Half of the room, not the first place: else a full queue wakes every sender for each record.
+        if self._waiting <= self.capacity // 2:
+            self._room.set()
+        if not self._waiting:
+            self._filled.clear()
+            self._drained.set()
+
+    async def filled(self) -> None:
+        """Wait until there is a record."""
+        await self._filled.wait()
+
+    async def drained(self) -> None:
+        """Wait until there is none."""
+        await self._drained.wait()
+
+    async def room(self) -> None:
+        """Wait until an offer that was turned down is worth repeating."""
+        await self._room.wait()
+
+    def events(self) -> Events:
+        """Return the counts; may be called from any thread."""
+        return Events(dict(self._received), dict(self._dropped))

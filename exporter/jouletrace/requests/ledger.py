@@ -1,0 +1,1114 @@
+"""The account of a node: attributed + pending + idle + unattributed = device energy, always.
+
+Records and device timelines come in, joules by request, model and tenant come out. Nothing here reads a clock or does
+I/O; times are nanoseconds since the epoch on one steady clock. One thread owns a ledger.
+
+A pass of `settle` takes each group of engines and devices that belong together and hands out the energy between the
+last horizon and the next. Requests in flight are rows of arrays, so a pass costs the same few array operations for
+ten requests or for ten thousand, and no curve has to be kept for their sake. The horizon trails the newest reading by
+as much as the engine's feed is known to lag (`Engine.horizon`); what is told later finds only what nobody claimed.
+
+Energy that a request has collected is charged to its account (model, tenant, engine, phase) pass by pass once a
+request record has come and the model is known. The account then stays, so that no counter goes down: a tenant that is
+told later changes the answer for the request, not the counters.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from jouletrace.energy.baseline import IdleKind
+from jouletrace.requests.account import LedgerSnapshot, Method, Phase, RequestEnergy, Taken
+from jouletrace.requests.devices import Bools, DeviceView, brackets, slack
+from jouletrace.requests.engine import UNCLAIMED_NS, Engine, Seen, Step
+from jouletrace.requests.histogram import JoulesHistogram
+from jouletrace.requests.inflight import JOULE_COLUMNS, NO_ACCOUNT, NOBODY, Inference, InFlight
+from jouletrace.requests.law import LawBook
+from jouletrace.requests.records import EngineRecord, RequestRecord, Role, Status, StepRecord, Unit, Usage
+from jouletrace.requests.settled import FLOATS, Settled, answer, method_of
+from jouletrace.requests.split import NEVER
+from jouletrace.requests.tenants import Accounts
+
+Int64s = NDArray[np.int64]
+Float64s = NDArray[np.float64]
+S = 1_000_000_000
+
+FUTURE_NS = 5 * S
+"""How far a record's time may lie ahead: clocks of containers on one node agree, NTP steps are below this."""
+DEPTH_NS = 900 * S
+"""What ended longer ago is no longer in the timeline (design: 15 minutes)."""
+STALE_NS = 30 * S
+"""A device whose timeline stands still this long no longer holds back the other devices of its engines."""
+BUSY_PATIENCE_NS = 5 * S
+"""How long a pass waits for the activity readings that belong to it (they come 2-5 times a second)."""
+COVERAGE_HALF_LIFE_S = 120.0
+RESTART_NS = 1 * S
+"""A running request that arrives again this much later is another life of its id."""
+UNKNOWN_MODEL = "unknown"
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of memory and time."""
+
+    in_flight: int = 16_384
+    settled: int = 100_000
+    settled_ns: int = 3600 * S
+    """How long a settled request can be looked up."""
+    steps: int = 65_536
+    """Steps per engine that wait to be settled."""
+    engines: int = 64
+    models: int = 100
+    tenants_per_model: int = 200
+    """Design and reference: 200 tenants per model, the rest is `other`."""
+    request_expiry_ns: int = 900 * S
+    """A request without end and without sign of life for this long is taken as failed."""
+    orphan_expiry_ns: int = 300 * S
+    """A request that only steps have named for this long is nobody's."""
+
+
+class AccountState(msgspec.Struct, frozen=True):
+    """An account's totals, joules."""
+
+    model: str
+    tenant: str
+    engine_id: str
+    prefill: float
+    decode: float
+    idle: float
+
+
+class InFlightState(msgspec.Struct, frozen=True):
+    """A request in flight; times that have not come are None."""
+
+    request_id: str
+    engine_id: str
+    attempt: int
+    described: bool
+    model: str | None
+    tenant: str | None
+    trace_id: str | None
+    arrival_ns: int | None
+    status: Status
+    usage: Usage
+    start_ns: int | None
+    first_token_ns: int | None
+    end_ns: int | None
+    seen_ns: int
+    tokens: float | None
+    account: int | None
+    joules: tuple[float, ...]
+    """By the names of `inflight.JOULE_COLUMNS`."""
+
+
+class HistogramState(msgspec.Struct, frozen=True):
+    """A model's histogram: counts by bucket, not cumulative."""
+
+    counts: list[int]
+    total_joules: float
+
+
+class TenantState(msgspec.Struct, frozen=True):
+    """What a model did for a tenant."""
+
+    model: str
+    tenant: str
+    requests: dict[Status, int]
+    tokens: dict[str, int]
+    units: dict[Unit, int]
+
+
+class LedgerState(msgspec.Struct, frozen=True):
+    """Everything that must outlive a restart. Answers of settled requests and unsettled steps do not.
+
+    What grows lies in dicts with stable keys, so that a journal can write what has changed.
+    """
+
+    engines: list[EngineRecord]
+    engine_settled_ns: list[int]
+    accounts: dict[int, AccountState]
+    settled_ns: dict[str, int]
+    device_joules: dict[str, float]
+    idle_joules: dict[str, dict[str, float]]
+    """By device and kind."""
+    unattributed_joules: dict[str, float]
+    unclaimed_joules: dict[str, float]
+    """By device: what waits to be claimed; a restart cannot keep by whom."""
+    tenants: dict[str, TenantState]
+    """By model and tenant, joined."""
+    histograms: dict[str, HistogramState]
+    in_flight: dict[int, InFlightState]
+    """By slot."""
+
+
+class Ledger:
+    """See the module. `default_tenant` pays where no tenant is given; energy before `start_ns` is not counted."""
+
+    def __init__(self, limits: Limits, laws: LawBook, *, default_tenant: str = "", start_ns: int = 0) -> None:
+        self._limits = limits
+        self._laws = laws
+        self._default_tenant = default_tenant
+        self._start_ns = start_ns
+        self._engines: dict[str, Engine] = {}
+        self._by_number: list[Engine] = []
+        self._table = InFlight(limits.in_flight)
+        self._settled = Settled(limits.settled)
+        self._accounts = Accounts(models=limits.models, tenants_per_model=limits.tenants_per_model)
+        self._views: Mapping[str, DeviceView] = {}
+        self._settled_ns: dict[str, int] = {}
+        self._device_joules: dict[str, float] = {}
+        self._idle: dict[tuple[str, str], float] = {}
+        self._unattributed: dict[str, float] = {}
+        self._requests: dict[tuple[str, str, Status], int] = {}
+        self._tokens: dict[tuple[str, str, str], int] = {}
+        self._units: dict[tuple[str, str, Unit], int] = {}
+        self._histograms: dict[str, JoulesHistogram] = {}
+        self._faded_ns = 0
+        self._now_ns = 0
+
+    # ---------------------------------------------------------------- records
+
+    def add_engine(self, record: EngineRecord, now_ns: int) -> Taken:
+        """Take in an engine, or what has changed of a known one (from the next pass on)."""
+        self._now_ns = max(self._now_ns, now_ns)
+        if record.gpu_uuids and self._views and not any(uuid in self._views for uuid in record.gpu_uuids):
+            return Taken.UNKNOWN_DEVICE
+        known = self._engines.get(record.engine_id)
+        if known is not None:
+            known.describe(record, self._laws)
+            return Taken.ACCEPTED
+        if len(self._engines) >= self._limits.engines:
+            return Taken.OVERFLOW
+        self._open_engine(record, max((self._settled_ns.get(uuid, 0) for uuid in self._devices_of(record)), default=0))
+        return Taken.ACCEPTED
+
+    def _open_engine(self, record: EngineRecord, settled_ns: int) -> Engine:
+        engine = Engine(len(self._by_number), record, self._laws, settled_ns)
+        self._engines[record.engine_id] = engine
+        self._by_number.append(engine)
+        return engine
+
+    def add_step(self, record: StepRecord, now_ns: int) -> Taken:
+        """Take in a step; its requests need not be known yet."""
+        self._now_ns = max(self._now_ns, now_ns)
+        engine = self._engines.get(record.engine_id)
+        if engine is None:
+            return Taken.UNKNOWN_ENGINE
+        taken = self._add_step(engine, record, now_ns)
+        return _counted(engine, taken)
+
+    def _add_step(self, engine: Engine, record: StepRecord, now_ns: int) -> Taken:
+        if record.end_ns > now_ns + FUTURE_NS:
+            return Taken.FUTURE
+        if record.end_ns <= max(engine.settled_ns, now_ns - DEPTH_NS):
+            return Taken.LATE
+        if len(engine.steps) >= self._limits.steps:
+            return Taken.OVERFLOW
+        prefill = record.prefill or ()
+        tokens = record.prefill_tokens or 0
+        step = Step(
+            record.end_ns,
+            record.start_ns,
+            record.steps,
+            record.kv_tokens or 0,
+            [self._slot(engine, part.request_id, record) for part in prefill],
+            [part.tokens for part in prefill],
+            self._slots(engine, record),
+            record.prefill_requests or min(tokens, 1),
+            tokens,
+            record.decode_requests or 0,
+        )
+        if not engine.add_step(step):
+            return Taken.DUPLICATE
+        engine.observe_delay(now_ns - record.end_ns, now_ns)
+        if not engine.counting and (step.other_prefills or step.other_decodes):
+            self._begin_counting(engine)
+        return Taken.ACCEPTED
+
+    def _slots(self, engine: Engine, record: StepRecord) -> list[int]:
+        ids = engine.ids
+        if engine.superseded:
+            return [self._slot(engine, request_id, record) for request_id in record.decode or ()]
+        try:
+            return [ids[request_id].slot for request_id in record.decode or ()]
+        except KeyError:
+            return [self._slot(engine, request_id, record) for request_id in record.decode or ()]
+
+    def _slot(self, engine: Engine, request_id: str, step: StepRecord) -> int:
+        """Return the slot of the life that a step means; a new one for an id that nobody has described yet."""
+        inference = engine.ids.get(request_id)
+        if inference is not None:
+            if engine.superseded and (inference.arrival_ns or 0) > step.end_ns:
+                earlier = engine.superseded.get(request_id)
+                return earlier[-1].slot if earlier else inference.slot
+            return inference.slot
+        life = self._settled.life(engine.number, request_id)
+        if life is not None and step.start_ns < life[2] + FUTURE_NS:
+            return NOBODY
+        inference = self._table.open(request_id, 0, engine.number)
+        if inference is None:
+            return NOBODY
+        self._table.seen_ns[inference.slot] = step.end_ns
+        engine.ids[request_id] = inference
+        return inference.slot
+
+    def _begin_counting(self, engine: Engine) -> None:
+        """From now on the engine's requests claim from its steps' curves."""
+        engine.counting = True
+        table = self._table
+        mine = np.flatnonzero(table.engine == engine.number)
+        table.claimed_ns[mine] = np.maximum(np.minimum(table.start_ns[mine], NEVER - 1), engine.settled_ns)
+
+    def add_request(self, record: RequestRecord, now_ns: int) -> Taken:
+        """Take in what a record tells of a request; fields that are set replace older ones."""
+        self._now_ns = max(self._now_ns, now_ns)
+        engine = self._engine_of(record)
+        if engine is None:
+            return Taken.UNKNOWN_ENGINE
+        return _counted(engine, self._add_request(engine, record, now_ns))
+
+    def _engine_of(self, record: RequestRecord) -> Engine | None:
+        if record.engine_id is not None:
+            return self._engines.get(record.engine_id)
+        return self._by_number[0] if len(self._by_number) == 1 else None
+
+    def _add_request(self, engine: Engine, record: RequestRecord, now_ns: int) -> Taken:
+        newest = record.end_ns or record.first_token_ns or record.scheduled_ns or record.arrival_ns
+        if newest is not None and newest > now_ns + FUTURE_NS:
+            return Taken.FUTURE
+        inference = engine.ids.get(record.request_id)
+        if inference is not None and inference.described:
+            if inference.attempt != record.attempt:
+                earlier = engine.superseded.get(record.request_id, ())
+                match = next((one for one in earlier if one.attempt == record.attempt), None)
+                if match is not None:
+                    return self._add_known(engine, match, record, now_ns)
+                return self._supersede(engine, inference, record, now_ns)
+            if self._is_other_life(inference, record):
+                return self._supersede(engine, inference, record, now_ns)
+            return self._add_known(engine, inference, record, now_ns)
+        life = self._settled.life(engine.number, record.request_id)
+        # Another attempt, or an arrival after the settled life's end, is another inference.
+        if life is not None and life[0] == record.attempt and (record.arrival_ns or 0) <= life[2]:
+            return Taken.DUPLICATE
+        return self._add_new(engine, inference, record, now_ns)
+
+    def _is_other_life(self, inference: Inference, record: RequestRecord) -> bool:
+        """Whether an engine that restarted has begun to use an id again."""
+        if record.arrival_ns is None or inference.arrival_ns is None:
+            return False
+        if inference.status is not Status.RUNNING:
+            return record.arrival_ns > int(self._table.end_ns[inference.slot])
+        return record.arrival_ns > max(inference.arrival_ns + RESTART_NS, int(self._table.seen_ns[inference.slot]))
+
+    def _supersede(self, engine: Engine, old: Inference, record: RequestRecord, now_ns: int) -> Taken:
+        table = self._table
+        if old.status is Status.RUNNING and old.attempt == record.attempt:
+            # The engine that ran it is gone; it ended when it was last heard of.
+            old.status = Status.FAILED
+            table.end_ns[old.slot] = table.seen_ns[old.slot]
+        engine.superseded.setdefault(old.request_id, []).append(old)
+        del engine.ids[old.request_id]
+        taken = self._add_new(engine, None, record, now_ns)
+        if old.request_id not in engine.ids:
+            engine.ids[old.request_id] = engine.superseded[old.request_id].pop()
+            if not engine.superseded[old.request_id]:
+                del engine.superseded[old.request_id]
+        return taken
+
+    def _add_new(self, engine: Engine, orphan: Inference | None, record: RequestRecord, now_ns: int) -> Taken:
+        """Take in the first record of a request; `orphan` is its row when steps have named it before."""
+        start_ns = record.scheduled_ns or record.arrival_ns or record.first_token_ns or record.end_ns or now_ns
+        ended = _is_end(record)
+        end_ns = (record.end_ns or now_ns) if ended else NEVER
+        if end_ns <= now_ns - DEPTH_NS:
+            return Taken.LATE
+        stepless = orphan is None
+        if stepless and end_ns <= engine.settled_ns and engine.unclaimed.start_ns > end_ns:
+            return Taken.LATE
+        inference = orphan or self._table.open(record.request_id, record.attempt, engine.number)
+        if inference is None:
+            return Taken.OVERFLOW
+        inference.described = True
+        inference.attempt = record.attempt
+        engine.ids[record.request_id] = inference
+        self._table.start_ns[inference.slot] = start_ns
+        if engine.counting:
+            self._table.claimed_ns[inference.slot] = start_ns
+        elif stepless and start_ns < engine.settled_ns and not engine.sends_steps(now_ns):
+            self._table.claimed_ns[inference.slot] = start_ns
+            engine.late.append(inference.slot)
+        self._merge(engine, inference, record, now_ns)
+        if not engine.sends_steps(now_ns):
+            # A feed that tells of requests when they are over needs their whole life to stay open.
+            engine.observe_delay(
+                now_ns - (start_ns if ended or record.first_token_ns else newest_of(record, now_ns)), now_ns
+            )
+        return Taken.ACCEPTED
+
+    def _add_known(self, engine: Engine, inference: Inference, record: RequestRecord, now_ns: int) -> Taken:
+        if inference.status is not Status.RUNNING:
+            # Another source may still say who paid for it; what it used is told already.
+            again = _is_end(record)
+            inference.model = inference.model or record.model
+            inference.tenant = inference.tenant or record.tenant
+            inference.trace_id = inference.trace_id or record.trace_id
+            if record.usage is not None and inference.usage == Usage():
+                inference.usage = record.usage
+            return Taken.DUPLICATE if again else Taken.ACCEPTED
+        self._merge(engine, inference, record, now_ns)
+        if not engine.sends_steps(now_ns):
+            engine.observe_delay(now_ns - newest_of(record, now_ns), now_ns)
+        return Taken.ACCEPTED
+
+    def _merge(self, engine: Engine, inference: Inference, record: RequestRecord, now_ns: int) -> None:
+        table, slot = self._table, inference.slot
+        if record.model is not None:
+            inference.model = record.model
+        if record.tenant is not None:
+            inference.tenant = record.tenant
+        if record.trace_id is not None:
+            inference.trace_id = record.trace_id
+        if record.arrival_ns is not None:
+            inference.arrival_ns = record.arrival_ns
+        start_ns = record.scheduled_ns or record.arrival_ns
+        if start_ns is not None and (record.scheduled_ns is not None or start_ns < table.start_ns[slot]):
+            table.start_ns[slot] = start_ns
+        usage = record.usage
+        if usage is not None:
+            inference.usage = usage
+            if usage.input or usage.unit is not None:
+                # A decode engine gets its prompts computed elsewhere.
+                fresh = 0 if engine.record.role is Role.DECODE else usage.input - usage.cached_input
+                table.tokens[slot] = fresh
+                engine.note_prompt(fresh)
+            if usage.unit is not None:
+                table.first_token_ns[slot] = table.start_ns[slot]
+        if record.first_token_ns is not None:
+            table.first_token_ns[slot] = record.first_token_ns
+        if _is_end(record):
+            inference.status = Status.FINISHED if record.status in (None, Status.RUNNING) else record.status
+            end_ns = max(record.end_ns or now_ns, int(table.start_ns[slot]))
+            table.end_ns[slot] = end_ns
+            if table.first_token_ns[slot] >= NEVER:
+                table.first_token_ns[slot] = engine.estimated_first_token_ns(
+                    int(table.start_ns[slot]), end_ns, float(table.tokens[slot]), inference.usage.output
+                )
+            table.first_token_ns[slot] = min(int(table.first_token_ns[slot]), end_ns)
+        told_ns = record.end_ns or record.first_token_ns
+        if told_ns is not None:
+            engine.evidence_ns = max(engine.evidence_ns, told_ns)
+        table.seen_ns[slot] = max(int(table.seen_ns[slot]), told_ns or start_ns or now_ns)
+
+    # ---------------------------------------------------------------- settling
+
+    def settle(self, devices: Mapping[str, DeviceView], now_ns: int, *, close_ns: int | None = None) -> None:
+        """Hand out all energy up to the horizon of each group of engines and devices.
+
+        With `close_ns` (end of a recording, shutdown) everything up to there is settled without waiting for records
+        and nothing waits to be claimed any longer.
+        """
+        self._now_ns = max(self._now_ns, now_ns)
+        self._views = devices
+        self._fade(now_ns)
+        for uuid, view in devices.items():
+            self._settled_ns.setdefault(uuid, max(view.timeline.start_ns, self._start_ns))
+        for engines, uuids in self._groups(devices):
+            self._settle_group(engines, uuids, now_ns, close_ns)
+        self._charge()
+        self._finish(now_ns)
+
+    def _fade(self, now_ns: int) -> None:
+        seconds = min(max(0, now_ns - self._faded_ns) / 1e9, 86_400.0)
+        self._faded_ns = max(now_ns, self._faded_ns)
+        self._accounts.fade(seconds)
+        kept = 0.5 ** (seconds / COVERAGE_HALF_LIFE_S)
+        for engine in self._by_number:
+            engine.busy_joules *= kept
+            engine.lost_joules *= kept
+            engine.accepted *= kept
+            engine.dropped *= kept
+
+    def _devices_of(self, record: EngineRecord) -> Sequence[str]:
+        if record.gpu_uuids:
+            return [uuid for uuid in record.gpu_uuids if uuid in self._views]
+        return list(self._views) if len(self._views) == 1 else []
+
+    def _groups(self, devices: Mapping[str, DeviceView]) -> Iterable[tuple[list[Engine], list[str]]]:
+        """Yield engines and devices that must be settled together: sets connected by shared devices."""
+        groups: list[tuple[list[Engine], set[str]]] = [([], {uuid}) for uuid in devices]
+        for engine in self._by_number:
+            mine = set(self._devices_of(engine.record))
+            joined: tuple[list[Engine], set[str]] = ([engine], mine)
+            apart = []
+            for group in groups:
+                if group[1] & mine:
+                    joined[0][:0] = group[0]
+                    joined[1].update(group[1])
+                else:
+                    apart.append(group)
+            groups = [*apart, joined]
+        return [(engines, sorted(uuids)) for engines, uuids in groups]
+
+    def _horizon(self, engines: Sequence[Engine], uuids: Sequence[str], now_ns: int) -> int:
+        ends = [self._views[uuid].timeline.end_ns for uuid in uuids]
+        fresh = [end for end in ends if end > now_ns - STALE_NS]
+        until = min(fresh, default=max(ends, default=0))
+        for uuid in uuids:
+            busy = self._views[uuid].busy
+            if busy is not None and len(busy.end_ns) and busy.end_ns[-1] > now_ns - BUSY_PATIENCE_NS:
+                until = min(until, int(busy.end_ns[-1]))
+        return min([until, *(engine.horizon(now_ns, self._table) for engine in engines)])
+
+    def _settle_group(self, engines: Sequence[Engine], uuids: Sequence[str], now_ns: int, close_ns: int | None) -> None:
+        until_ns = self._horizon(engines, uuids, now_ns) if close_ns is None else close_ns
+        for engine in engines:
+            if engine.late:
+                slots = np.array(sorted(set(engine.late)), np.int64)
+                engine.late.clear()
+                engine.claim(self._table, slots, engine.settled_ns, whole=False)
+                self._table.claimed_ns[slots] = NEVER
+        if uuids and until_ns > min(self._settled_ns[uuid] for uuid in uuids):
+            self._settle_span(engines, uuids, until_ns)
+        for engine in engines:
+            if engine.counting:
+                table = self._table
+                mine = (table.engine == engine.number) & (table.claimed_ns < engine.settled_ns)
+                engine.claim(table, np.flatnonzero(mine), engine.settled_ns, whole=True)
+            keep_ns = max(UNCLAIMED_NS, round(engine.hold_ns(now_ns)))
+            self._lose(engine, engine.unclaimed.expire(NEVER if close_ns is not None else engine.settled_ns - keep_ns))
+            # Slot 0 of the table belongs to nobody: what it collected while this engine was settled is lost.
+            nobody = float(self._table.joules(np.array([NOBODY]))[0])
+            if nobody > 0:
+                self._lose(engine, nobody)
+                self._table.wipe_joules(np.array([NOBODY]))
+
+    def _lose(self, engine: Engine, joules: float) -> None:
+        """Book energy of an engine as unattributed."""
+        if joules <= 0:
+            return
+        engine.lost_joules += joules
+        for uuid, part in engine.returned(joules).items():
+            self._unattributed[uuid] = self._unattributed.get(uuid, 0.0) + part
+
+    def _settle_span(self, engines: Sequence[Engine], uuids: Sequence[str], until_ns: int) -> None:
+        from_ns = min(self._settled_ns[uuid] for uuid in uuids)
+        due = [engine for engine in engines if engine.settled_ns < until_ns and self._devices_of(engine.record)]
+        for engine in due:
+            # An engine's time begins with that of its devices; without energy there is nothing to hand out before.
+            engine.settled_ns = max(engine.settled_ns, from_ns)
+        plans = [engine.plan(until_ns, self._table) for engine in due]
+        edges = _edges([plan.edges() for plan in plans], [self._views[uuid] for uuid in uuids], from_ns, until_ns)
+        middle = (edges[:-1] + edges[1:]) // 2
+        busy = {
+            uuid: None if view.busy is None else view.busy.at(middle)
+            for uuid, view in self._views.items()
+            if uuid in uuids
+        }
+        seen = [
+            engine.see(plan, edges, _any_busy([busy[uuid] for uuid in self._devices_of(engine.record)]))
+            for engine, plan in zip(due, plans, strict=True)
+        ]
+        joules = [np.zeros(len(middle)) for _ in due]
+        slacks = [0.0 for _ in due]
+        for uuid in uuids:
+            owners = [at for at, engine in enumerate(due) if uuid in self._devices_of(engine.record)]
+            used = self._take_energy(uuid, edges, until_ns)
+            left = self._share_device(
+                uuid, used, [due[at] for at in owners], [seen[at] for at in owners], [joules[at] for at in owners]
+            )
+            for at in owners:
+                slacks[at] = max(slacks[at], slack(self._views[uuid], plans[at].from_ns, until_ns))
+            self._book_rest(uuid, left, busy[uuid], edges, [due[at] for at in owners])
+        for engine, plan, sight, energy, off in zip(due, plans, seen, joules, slacks, strict=True):
+            engine.busy_joules += float(energy.sum())
+            engine.distribute(plan, sight, edges, energy, slack=off, table=self._table)
+            waited = (self._table.engine == engine.number) & (self._table.first_token_ns >= NEVER)
+            waited &= self._table.start_ns < until_ns
+            # Whoever is still without first token has waited in a queue so far.
+            self._table.start_ns[waited] = until_ns
+
+    def _take_energy(self, uuid: str, edges: Int64s, until_ns: int) -> Float64s:
+        """Return the device's energy by slice, without what was handed out before, and count it as handed out."""
+        timeline = self._views[uuid].timeline
+        begin_ns = self._settled_ns[uuid]
+        end_ns = max(begin_ns, min(until_ns, timeline.end_ns))
+        energies = timeline.energies_at(np.clip(edges, begin_ns, end_ns))
+        used: Float64s = np.maximum(np.diff(energies), 0.0)
+        self._settled_ns[uuid] = end_ns
+        self._device_joules[uuid] = self._device_joules.get(uuid, 0.0) + float(used.sum())
+        return used
+
+    def _share_device(
+        self, uuid: str, used: Float64s, engines: Sequence[Engine], seen: Sequence[Seen], joules: Sequence[Float64s]
+    ) -> Float64s:
+        """Add each engine's part of a device's energy (by slice) to `joules`; return what is left.
+
+        Where one engine is active it gets the slice. Where several are, they share by SM time. An engine that has SM
+        time but no request in the whole pass keeps its part, as unattributed: nobody else's requests used it.
+        """
+        if not engines:
+            return used
+        if len(engines) == 1:
+            active = seen[0].active
+            taken = np.where(active, used, 0.0)
+            joules[0][:] += taken
+            _note(engines[0], uuid, float(taken.sum()))
+            return np.where(active, 0.0, used)
+        shares = self._views[uuid].engine_shares or {}
+        known = [shares[engine.engine_id] for engine in engines if shares.get(engine.engine_id, 0.0) > 0]
+        # An engine that the reading does not know, or saw idle, counts as an average one while it is active.
+        usual = sum(known) / len(known) if known else 1.0
+        actives = [sight.active for sight in seen]
+        weights = [
+            np.where(active, shares.get(engine.engine_id) or usual, 0.0)
+            if active.any()
+            else np.full(len(used), shares.get(engine.engine_id, 0.0))
+            for engine, active in zip(engines, actives, strict=True)
+        ]
+        total = np.sum(weights, axis=0)
+        somebody = np.any(actives, axis=0)
+        scale = np.divide(used, total, out=np.zeros(len(used)), where=somebody & (total > 0))
+        given = np.zeros(len(used))
+        for at, (engine, active, weight) in enumerate(zip(engines, actives, weights, strict=True)):
+            taken = np.where(active, weight * scale, 0.0)
+            joules[at][:] += taken
+            given += taken
+            _note(engine, uuid, float(taken.sum()))
+            if not active.any():
+                silent = float((weight * scale).sum())
+                engine.busy_joules += silent
+                engine.lost_joules += silent
+                self._unattributed[uuid] = self._unattributed.get(uuid, 0.0) + silent
+                given += weight * scale
+        return np.maximum(used - given, 0.0)
+
+    def _book_rest(
+        self, uuid: str, left: Float64s, busy: Bools | None, edges: Int64s, engines: Sequence[Engine]
+    ) -> None:
+        """Book energy of slices without request: work without owner, or idle."""
+        worked = np.zeros(len(left), np.bool_) if busy is None else busy
+        work = float(left[worked].sum())
+        if len(engines) == 1 and work > 0:
+            engine = engines[0]
+            engine.busy_joules += work
+            _note(engine, uuid, work)
+            rows = worked & (left > 0)
+            engine.unclaimed.append_unknown(edges[:-1][rows], edges[1:][rows], left[rows])
+        elif work > 0:
+            self._unattributed[uuid] = self._unattributed.get(uuid, 0.0) + work
+            for engine in engines:
+                engine.busy_joules += work / len(engines)
+                engine.lost_joules += work / len(engines)
+        held = self._views[uuid].held
+        kind = IdleKind.PARKED if held or (held is None and engines) else IdleKind.BARE
+        idle = float(left[~worked].sum())
+        key = (uuid, kind.value)
+        self._idle[key] = self._idle.get(key, 0.0) + idle
+        if kind is IdleKind.PARKED:
+            for engine in engines:
+                self._accounts.spread_idle(engine.engine_id, idle / len(engines), self._nobody(engine))
+
+    def _nobody(self, engine: Engine) -> tuple[str, str]:
+        """Return the model and tenant that bear idle energy of an engine that has served nobody yet."""
+        models = engine.record.models
+        return models[0] if models else UNKNOWN_MODEL, self._default_tenant
+
+    def _charge(self) -> None:
+        """Charge what requests have collected to their accounts."""
+        table = self._table
+        for slot in np.flatnonzero((table.engine >= 0) & (table.account == NO_ACCOUNT)).tolist():
+            inference = table.inferences[slot]
+            assert inference is not None
+            if inference.described:
+                self._open_account(inference)
+        slots = np.flatnonzero(table.account != NO_ACCOUNT)
+        prefill, decode = table.prefill(slots), table.decode(slots)
+        self._accounts.add(
+            table.account[slots],
+            np.maximum(prefill - table.paid_prefill[slots], 0.0),
+            np.maximum(decode - table.paid_decode[slots], 0.0),
+        )
+        table.paid_prefill[slots] = np.maximum(prefill, table.paid_prefill[slots])
+        table.paid_decode[slots] = np.maximum(decode, table.paid_decode[slots])
+
+    def _open_account(self, inference: Inference) -> None:
+        """Find the account as soon as the model is known; at the end a model is assumed."""
+        engine = self._by_number[inference.engine]
+        model = inference.model
+        if model is None and len(engine.record.models) == 1:
+            model = engine.record.models[0]
+        if model is None and inference.status is not Status.RUNNING:
+            model = UNKNOWN_MODEL
+        if model is not None:
+            tenant = self._default_tenant if inference.tenant is None else inference.tenant
+            self._table.account[inference.slot] = self._accounts.number(model, tenant, engine.engine_id)
+
+    # ---------------------------------------------------------------- the end of requests
+
+    def _finish(self, now_ns: int) -> None:
+        """Move requests whose whole life is settled to the answers."""
+        table = self._table
+        horizon = np.array([engine.settled_ns for engine in self._by_number] or [0], np.int64)
+        done = (table.engine >= 0) & (table.account != NO_ACCOUNT) & (table.end_ns <= horizon[table.engine])
+        if not done.any():
+            return
+        for engine in self._by_number:
+            if engine.steps:
+                done[np.fromiter(engine.waiting_slots(), np.int64)] = False
+        slots = np.flatnonzero(done)
+        if not len(slots):
+            return
+        edge = self._edge_errors(slots)
+        joules, off = table.joules(slots), table.error_joules[slots] + edge
+        floats = np.stack(
+            (
+                table.prefill_fixed[slots],
+                table.prefill_marginal[slots],
+                table.decode_fixed[slots],
+                table.decode_marginal[slots],
+                np.maximum(joules - off, 0.0),
+                joules + off,
+            ),
+            axis=1,
+        )
+        times = np.stack((table.start_ns[slots], table.end_ns[slots], np.full(len(slots), now_ns)), axis=1)
+        inferences = [one for one in (table.inferences[slot] for slot in slots.tolist()) if one is not None]
+        for row, inference in enumerate(inferences):
+            if inference.arrival_ns is not None:
+                times[row, 0] = inference.arrival_ns
+        self._count_ended(inferences, table.account[slots].tolist(), joules.tolist(), times[:, 1].tolist())
+        keys = self._accounts.keys
+        self._settled.add(
+            [(one.engine, one.request_id) for one in inferences],
+            [
+                self._words(one, keys[account])
+                for one, account in zip(inferences, table.account[slots].tolist(), strict=True)
+            ],
+            floats=floats,
+            times=times,
+            statuses=[one.status for one in inferences],
+            methods=self._methods(slots),
+            output=[one.usage.output for one in inferences],
+            attempts=[one.attempt for one in inferences],
+        )
+        for inference in inferences:
+            self._forget(inference)
+        table.release(slots)
+
+    def _words(self, inference: Inference, account: tuple[str, str, str]) -> tuple[str, str, str]:
+        """Return engine, model and tenant for the answer: the names that were told, not the bounded ones."""
+        model, tenant, engine_id = account
+        if inference.model in (None, model) and inference.tenant in (None, tenant):
+            return engine_id, model, tenant
+        return engine_id, inference.model or model, tenant if inference.tenant is None else inference.tenant
+
+    def _count_ended(
+        self, inferences: Sequence[Inference], accounts: Sequence[int], joules: Sequence[float], ends_ns: Sequence[int]
+    ) -> None:
+        keys = self._accounts.keys
+        for inference, account, energy, end_ns in zip(inferences, accounts, joules, ends_ns, strict=True):
+            model, tenant, _ = keys[account]
+            _increase(self._requests, (model, tenant, inference.status), 1)
+            usage = inference.usage
+            if usage.unit is not None:
+                _increase(self._units, (model, tenant, usage.unit), usage.count)
+            else:
+                _increase(self._tokens, (model, tenant, "input"), usage.input)
+                _increase(self._tokens, (model, tenant, "cached_input"), usage.cached_input)
+                _increase(self._tokens, (model, tenant, "output"), usage.output)
+            histogram = self._histograms.get(model)
+            if histogram is None:
+                histogram = self._histograms[model] = JoulesHistogram()
+            histogram.observe(energy, inference.trace_id, end_ns)
+
+    def _forget(self, inference: Inference) -> None:
+        """Remove a request from its engine's ids."""
+        engine = self._by_number[inference.engine]
+        if engine.ids.get(inference.request_id) is inference:
+            del engine.ids[inference.request_id]
+            return
+        earlier = engine.superseded.get(inference.request_id)
+        if earlier is not None and inference in earlier:
+            earlier.remove(inference)
+            if not earlier:
+                del engine.superseded[inference.request_id]
+
+    def _methods(self, slots: Int64s) -> NDArray[np.int8]:
+        """Return the method by which most of each request's energy was found, as its place in `Method`."""
+        table = self._table
+        order = list(Method)
+        by_boundaries = np.array(
+            [
+                order.index(
+                    Method.BOUNDARIES_PRIOR if engine.law.provenance == "prior" else Method.BOUNDARIES_CALIBRATED
+                )
+                for engine in self._by_number
+            ]
+        )[table.engine[slots]]
+        exclusive = table.exclusive_joules[slots]
+        codes = np.where(
+            2 * exclusive > table.boundary_joules[slots], order.index(Method.BOUNDARIES_EXCLUSIVE), by_boundaries
+        )
+        counts = table.count_joules[slots]
+        steps = table.joules(slots) - counts - table.boundary_joules[slots]
+        codes = np.where(counts > table.boundary_joules[slots], order.index(Method.STEP_COUNTS), codes)
+        most_by_steps = (steps > 0) & (2 * steps >= table.joules(slots))
+        # A request without energy yet is told by the feed its engine has.
+        stepwise = np.array([engine.last_step_end_ns > 0 for engine in self._by_number])[table.engine[slots]]
+        most_by_steps |= stepwise & (table.joules(slots) <= 0)
+        found: NDArray[np.int8] = np.where(most_by_steps, order.index(Method.STEPS), codes).astype(np.int8)
+        return found
+
+    def _edge_errors(self, slots: Int64s) -> Float64s:
+        """Return how far requests' joules may be off because their edges fall into sensor samples.
+
+        The share of power that a request had beside an edge, times what of the sample the edge could be off by.
+        """
+        table = self._table
+        total = np.zeros(len(slots))
+        numbers = table.engine[slots]
+        for number in np.unique(numbers):
+            mine = np.flatnonzero(numbers == number)
+            chosen = slots[mine]
+            first = table.first_token_ns[chosen]
+            end = table.end_ns[chosen]
+            start = np.minimum(table.start_ns[chosen], first)
+            first = np.minimum(first, end)
+            energy = np.zeros((3, len(chosen)))
+            off = np.zeros((3, len(chosen)))
+            for uuid in self._devices_of(self._by_number[number].record):
+                view = self._views[uuid]
+                for row, times in enumerate((start, first, end)):
+                    energy[row] += view.timeline.energies_at(times)
+                    off[row] += brackets(view, times)
+            prefill = _part(table.prefill(chosen), energy[1] - energy[0])
+            decode = _part(table.decode(chosen), energy[2] - energy[1])
+            total[mine] = prefill * off[0] + np.abs(prefill - decode) * off[1] + decode * off[2]
+        return np.minimum(total, table.joules(slots))
+
+    def expire(self, now_ns: int) -> None:
+        """Give up on requests and orphans that nobody has heard of for too long, and forget old answers."""
+        self._now_ns = max(self._now_ns, now_ns)
+        table = self._table
+        live = np.flatnonzero(table.engine >= 0)
+        for slot in live.tolist():
+            inference = table.inferences[slot]
+            assert inference is not None
+            silent_ns = now_ns - int(table.seen_ns[slot])
+            if inference.described:
+                if inference.status is Status.RUNNING and silent_ns > self._limits.request_expiry_ns:
+                    self._merge(
+                        self._by_number[inference.engine],
+                        inference,
+                        RequestRecord(request_id=inference.request_id, status=Status.FAILED, end_ns=now_ns),
+                        now_ns,
+                    )
+            elif silent_ns > self._limits.orphan_expiry_ns:
+                self._drop_orphan(inference)
+        self._settled.expire(now_ns - self._limits.settled_ns)
+
+    def _drop_orphan(self, inference: Inference) -> None:
+        engine = self._by_number[inference.engine]
+        slot = np.array([inference.slot])
+        if inference.slot in set(engine.waiting_slots()):
+            return
+        self._lose(engine, float(self._table.joules(slot)[0]))
+        engine.dropped += 1
+        self._forget(inference)
+        self._table.release(slot)
+
+    # ---------------------------------------------------------------- answers
+
+    def price(self, request_id: str, engine_id: str | None = None) -> RequestEnergy | None:
+        """Return a request's joules: final once its end is settled, else an estimate; None when it is not known.
+
+        Without an engine id the newest request of that id on any engine. Up to the horizon an estimate holds what
+        was measured, behind it the engine's last power per sequence and energy per prompt token.
+        """
+        engines = self._by_number if engine_id is None else [e for e in self._by_number if e.engine_id == engine_id]
+        found = []
+        for engine in engines:
+            inference = engine.ids.get(request_id)
+            if inference is not None and inference.described:
+                found.append(self._provisional(engine, inference))
+            else:
+                final = self._settled.get(engine.number, request_id)
+                if final is not None:
+                    found.append(final)
+        return max(found, key=lambda one: one.arrival_ns, default=None)
+
+    def _provisional(self, engine: Engine, inference: Inference) -> RequestEnergy:
+        table = self._table
+        slot = np.array([inference.slot])
+        start_ns, first_ns, end_ns = (
+            int(column[inference.slot]) for column in (table.start_ns, table.first_token_ns, table.end_ns)
+        )
+        values = {name: float(getattr(table, name)[inference.slot]) for name in FLOATS[:4]}
+        measured = sum(values.values())
+        decoding_ns = min(end_ns, self._now_ns) - max(first_ns, engine.settled_ns)
+        decode = engine.sequence_watts * max(0, decoding_ns) / 1e9
+        prefill = 0.0
+        if first_ns > engine.settled_ns and values["prefill_marginal"] + values["prefill_fixed"] == 0:
+            tokens = float(table.tokens[inference.slot])
+            prefill = engine.token_joules * (engine.typical_prompt if np.isnan(tokens) else tokens)
+        # The estimate's parts by the law's proportion in a typical batch are not known: it counts as marginal.
+        values["decode_marginal"] += decode
+        values["prefill_marginal"] += prefill
+        off = float(table.error_joules[inference.slot])
+        values["low"] = max(0.0, measured - off)
+        values["high"] = measured + off + 2 * (decode + prefill)
+        account = int(table.account[inference.slot])
+        named = self._accounts.keys[account] if account != NO_ACCOUNT else (UNKNOWN_MODEL, "", engine.engine_id)
+        return answer(
+            inference.request_id,
+            self._words(inference, named),
+            inference.status,
+            values=values,
+            output=inference.usage.output,
+            method=method_of(int(self._methods(slot)[0])),
+            final=False,
+            arrival_ns=start_ns if inference.arrival_ns is None else inference.arrival_ns,
+            end_ns=end_ns,
+        )
+
+    def snapshot(self) -> LedgerSnapshot:
+        """Return the account as it stands, frozen."""
+        attributed, allocated = {}, {}
+        for (model, tenant, engine_id), prefill, decode, idle in self._accounts:
+            if prefill or decode:
+                attributed[model, tenant, engine_id, Phase.PREFILL] = prefill
+                attributed[model, tenant, engine_id, Phase.DECODE] = decode
+            allocated[model, tenant, engine_id] = prefill + decode + idle
+        running = self._table.engine[(self._table.engine >= 0) & (self._table.end_ns >= NEVER)]
+        count = np.bincount(running, minlength=len(self._by_number)).tolist()
+        return LedgerSnapshot(
+            settled_ns=min(self._settled_ns.values(), default=0),
+            device_joules=dict(self._device_joules),
+            attributed_joules=attributed,
+            allocated_joules=allocated,
+            idle_joules=dict(self._idle),
+            unattributed_joules={uuid: self._unattributed.get(uuid, 0.0) for uuid in self._device_joules}
+            | self._unattributed,
+            pending_joules={engine.engine_id: self._pending(engine) for engine in self._by_number},
+            request_joules={model: histogram.buckets() for model, histogram in self._histograms.items()},
+            requests=dict(self._requests),
+            in_flight={engine.engine_id: count[engine.number] for engine in self._by_number},
+            tokens=dict(self._tokens),
+            units=dict(self._units),
+            coverage={engine.engine_id: _coverage(engine) for engine in self._by_number},
+        )
+
+    def _pending(self, engine: Engine) -> float:
+        table = self._table
+        mine = np.flatnonzero(table.engine == engine.number)
+        unpaid = table.joules(mine) - table.paid_prefill[mine] - table.paid_decode[mine]
+        return max(0.0, float(unpaid.sum()) + engine.unclaimed.joules)
+
+    # ---------------------------------------------------------------- across restarts
+
+    def dump(self) -> LedgerState:
+        """Return what must outlive a restart."""
+        unclaimed: dict[str, float] = {}
+        for engine in self._by_number:
+            for uuid, joules in engine.returned(engine.unclaimed.joules).items():
+                unclaimed[uuid] = unclaimed.get(uuid, 0.0) + joules
+        return LedgerState(
+            engines=[engine.record for engine in self._by_number],
+            engine_settled_ns=[engine.settled_ns for engine in self._by_number],
+            accounts={
+                number: AccountState(*key, prefill, decode, idle)
+                for number, (key, prefill, decode, idle) in enumerate(self._accounts)
+            },
+            settled_ns=dict(self._settled_ns),
+            device_joules=dict(self._device_joules),
+            idle_joules={
+                uuid: {kind: joules for (owner, kind), joules in self._idle.items() if owner == uuid}
+                for uuid in {owner for owner, _ in self._idle}
+            },
+            unattributed_joules=dict(self._unattributed),
+            unclaimed_joules=unclaimed,
+            tenants=self._dumped_tenants(),
+            histograms={
+                model: HistogramState(list(one.counts), one.total_joules) for model, one in self._histograms.items()
+            },
+            in_flight=self._dumped_requests(),
+        )
+
+    def _dumped_tenants(self) -> dict[str, TenantState]:
+        states: dict[str, TenantState] = {}
+
+        def state(model: str, tenant: str) -> TenantState:
+            return states.setdefault(f"{model}\x1f{tenant}", TenantState(model, tenant, {}, {}, {}))
+
+        for (model, tenant, status), count in self._requests.items():
+            state(model, tenant).requests[status] = count
+        for (model, tenant, direction), count in self._tokens.items():
+            state(model, tenant).tokens[direction] = count
+        for (model, tenant, unit), count in self._units.items():
+            state(model, tenant).units[unit] = count
+        return states
+
+    def _dumped_requests(self) -> dict[int, InFlightState]:
+        table = self._table
+        live = [one for one in table.inferences if one is not None]
+        slots = np.array([one.slot for one in live], np.int64)
+        times = [getattr(table, name)[slots].tolist() for name in ("start_ns", "first_token_ns", "end_ns", "seen_ns")]
+        tokens, accounts = table.tokens[slots].tolist(), table.account[slots].tolist()
+        joules = np.stack([getattr(table, name)[slots] for name in JOULE_COLUMNS], axis=1).tolist()
+        return {
+            one.slot: InFlightState(
+                request_id=one.request_id,
+                engine_id=self._by_number[one.engine].engine_id,
+                attempt=one.attempt,
+                described=one.described,
+                model=one.model,
+                tenant=one.tenant,
+                trace_id=one.trace_id,
+                arrival_ns=one.arrival_ns,
+                status=one.status,
+                usage=one.usage,
+                start_ns=_known(start_ns),
+                first_token_ns=_known(first_ns),
+                end_ns=_known(end_ns),
+                seen_ns=seen_ns,
+                tokens=None if isnan(prompt) else prompt,
+                account=None if account == NO_ACCOUNT else account,
+                joules=tuple(parts),
+            )
+            for one, start_ns, first_ns, end_ns, seen_ns, prompt, account, parts in zip(
+                live, *times, tokens, accounts, joules, strict=True
+            )
+        }
+
+    @classmethod
+    def restore(
+        cls, state: LedgerState, limits: Limits, laws: LawBook, *, default_tenant: str = "", start_ns: int = 0
+    ) -> "Ledger":
+        """Return a ledger that goes on from a state.
+
+        Energy that waited to be claimed is unattributed from now on, and the time between the two processes is not
+        in anybody's account: the new timelines do not know it.
+        """
+        ledger = cls(limits, laws, default_tenant=default_tenant, start_ns=start_ns)
+        for record, settled_ns in zip(state.engines, state.engine_settled_ns, strict=True):
+            ledger._open_engine(record, settled_ns)
+        ledger._settled_ns = dict(state.settled_ns)
+        ledger._device_joules = dict(state.device_joules)
+        ledger._idle = {
+            (uuid, kind): joules for uuid, kinds in state.idle_joules.items() for kind, joules in kinds.items()
+        }
+        ledger._unattributed = dict(state.unattributed_joules)
+        for uuid, joules in state.unclaimed_joules.items():
+            ledger._unattributed[uuid] = ledger._unattributed.get(uuid, 0.0) + joules
+        for one in state.accounts.values():
+            number = ledger._accounts.number(one.model, one.tenant, one.engine_id)
+            ledger._accounts.prefill[number] += one.prefill
+            ledger._accounts.decode[number] += one.decode
+            ledger._accounts.idle[number] += one.idle
+        for key in state.tenants.values():
+            for status, count in key.requests.items():
+                ledger._requests[key.model, key.tenant, status] = count
+            for direction, count in key.tokens.items():
+                ledger._tokens[key.model, key.tenant, direction] = count
+            for unit, count in key.units.items():
+                ledger._units[key.model, key.tenant, unit] = count
+        for model, histogram in state.histograms.items():
+            kept = ledger._histograms[model] = JoulesHistogram()
+            kept.counts, kept.total_joules = list(histogram.counts), histogram.total_joules
+        for request in sorted(state.in_flight.values(), key=lambda one: one.seen_ns):
+            ledger._restore_request(request, state.accounts)
+        return ledger
+
+    def _restore_request(self, state: InFlightState, accounts: Mapping[int, AccountState]) -> None:
+        engine = self._engines[state.engine_id]
+        inference = self._table.open(state.request_id, state.attempt, engine.number)
+        if inference is None:
+            # The configuration allows fewer than before: what it was charged stays, the rest is nobody's.
+            unpaid = sum(state.joules[:4]) - state.joules[-1] - state.joules[-2]
+            self._unattributed[""] = self._unattributed.get("", 0.0) + max(0.0, unpaid)
+            return
+        inference.described = state.described
+        inference.model, inference.tenant, inference.trace_id = state.model, state.tenant, state.trace_id
+        inference.arrival_ns, inference.status, inference.usage = state.arrival_ns, state.status, state.usage
+        table, slot = self._table, inference.slot
+        for name in ("start_ns", "first_token_ns", "end_ns"):
+            value = getattr(state, name)
+            getattr(table, name)[slot] = NEVER if value is None else value
+        table.seen_ns[slot] = state.seen_ns
+        table.tokens[slot] = np.nan if state.tokens is None else state.tokens
+        if state.account is not None:
+            account = accounts[state.account]
+            table.account[slot] = self._accounts.number(account.model, account.tenant, account.engine_id)
+        for name, joules in zip(JOULE_COLUMNS, state.joules, strict=True):
+            getattr(table, name)[slot] = joules
+        earlier = engine.ids.get(state.request_id)
+        if earlier is not None:
+            engine.superseded.setdefault(state.request_id, []).append(earlier)
+        engine.ids[state.request_id] = inference
+
+
+def newest_of(record: RequestRecord, now_ns: int) -> int:
+    """Return the latest time that a record tells, or now."""
+    return record.end_ns or record.first_token_ns or record.scheduled_ns or record.arrival_ns or now_ns
+
+
+def _is_end(record: RequestRecord) -> bool:
+    return record.end_ns is not None or record.status not in (None, Status.RUNNING)
+
+
+def _counted(engine: Engine, taken: Taken) -> Taken:
+    if taken is Taken.ACCEPTED:
+        engine.accepted += 1
+    elif taken is not Taken.DUPLICATE:
+        engine.dropped += 1
+    return taken
+
+
+def _coverage(engine: Engine) -> float:
+    """Return the attributed part of busy energy over the last minutes, lowered by the part of records dropped."""
+    told = engine.accepted + engine.dropped
+    kept = engine.accepted / told if told > 0 else 1.0
+    found = 1.0 - engine.lost_joules / engine.busy_joules if engine.busy_joules > 0 else 1.0
+    return min(max(found, 0.0), 1.0) * kept
+
+
+def _edges(plans: Sequence[Int64s], views: Sequence[DeviceView], from_ns: int, until_ns: int) -> Int64s:
+    """Return all times at which something may change, sorted, from from_ns to until_ns."""
+    times = [np.array([from_ns, until_ns], np.int64), *plans]
+    times += [view.busy.changes(from_ns, until_ns) for view in views if view.busy is not None]
+    edges: Int64s = np.unique(np.clip(np.concatenate(times), from_ns, until_ns))
+    return edges
+
+
+def _any_busy(flags: Sequence[Bools | None]) -> Bools | None:
+    """Return where any device worked; None when one of them cannot tell."""
+    known = [flag for flag in flags if flag is not None]
+    if not known or len(known) < len(flags):
+        return None
+    worked: Bools = np.any(known, axis=0)
+    return worked
+
+
+def _note(engine: Engine, uuid: str, joules: float) -> None:
+    engine.device_joules[uuid] = engine.device_joules.get(uuid, 0.0) + joules
+
+
+def _part(joules: Float64s, of: Float64s) -> Float64s:
+    """Return the quotient, at most 1."""
+    part: Float64s = np.minimum(np.divide(joules, of, out=np.zeros(len(of)), where=of > 0), 1.0)
+    return part
+
+
+def _increase(totals: dict[_Key, int], key: _Key, by: int) -> None:
+    totals[key] = totals.get(key, 0) + by
+
+
+def _known(time_ns: int) -> int | None:
+    return None if time_ns >= NEVER else time_ns

@@ -1,0 +1,1 @@
+"""Runs on a real GPU; see docs/accuracy.md for what they showed."""

@@ -1,0 +1,556 @@
+"""The sampler on the simulated driver and on virtual time: tiers, faults, and the account that survives them."""
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import structlog
+from tests.conftest import NodeFactory
+from tests.nvml_shim import (
+    Constant,
+    Device,
+    Fault,
+    Latency,
+    Power,
+    Process,
+    Ramp,
+    Square,
+    Steps,
+    Xid,
+    write_control,
+)
+from tests.simulated_node import NS, START_NS, SimulatedNode
+
+from jouletrace.energy.baseline import IdleKind
+from jouletrace.gpu.readings import Pipe
+from jouletrace.gpu.sampler import DriverLostError, Intervals, Sampler
+from jouletrace.snapshot import DeviceStatus
+from jouletrace.web.health import Readiness, readiness
+
+pytestmark = pytest.mark.timeout(60)
+
+MS = NS // 1000
+RING = "nvmlDeviceGetSamples"
+COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
+FIELDS = "nvmlDeviceGetFieldValues"
+HIGH_WATTS = {"h200": 650, "a100": 390, "ada": 340, "t4": 68, "pascal": 290, "average_only": 290}
+
+
+def check_energy(node: SimulatedNode, gpu: int, start_ns: int, end_ns: int) -> float:
+    """Assert that the truth lies within the bounds; return the relative error."""
+    energy = node.sampler.window(node.gpu(gpu).info.uuid, start_ns, end_ns)
+    assert energy is not None
+    truth = node.truth(start_ns, end_ns, gpu)
+    assert energy.low - 0.01 <= truth <= energy.high + 0.01, (energy, truth)
+    return energy.joules / truth - 1
+
+
+def ready(node: SimulatedNode) -> Readiness:
+    return readiness(node.sampler.snapshot, node.clock.now_ns(), 5.0, 0.0)
+
+
+# ---- the ladder against the truth ----
+
+PERIODS_S = (0.02, 0.03, 0.05, 0.07, 0.1, 0.101, 0.2, 0.35, 0.5, 1.0, 2.0)
+
+
+def test_square_waves_through_the_ring(simulate: NodeFactory) -> None:
+    """Any period from 20 ms to 2 s, four phases each, within 1 % over 10 s."""
+    worst = 0.0
+    for period_s in PERIODS_S:
+        phases = [Device("h200", Square(100, 650, period_s, phase_s=part * period_s)) for part in (0, 0.13, 0.37, 0.61)]
+        node = simulate(*phases).begin()
+        node.run(30)
+        for gpu in range(4):
+            uuid, end_ns = node.gpu(gpu).info.uuid, node.gpu(gpu).timeline_end_ns
+            assert end_ns is not None
+            for back_s in (0, 3.21, 7.77, 13.31):
+                until_ns = end_ns - round(back_s * NS)
+                energy = node.sampler.window(uuid, until_ns - 10 * NS, until_ns)
+                assert energy is not None
+                error = energy.joules / node.truth(until_ns - 10 * NS, until_ns, gpu) - 1
+                assert abs(error) < 0.01, f"period {period_s} s, GPU {gpu}"
+                worst = max(worst, abs(error))
+    assert worst > 0
+
+
+def loads(high: float) -> list[Power]:
+    """Return loads up to `high` watts: steady, square waves of all paces, ramps."""
+    low = high / 5
+    return [
+        Constant(high * 0.7),
+        *(Square(low, high, period_s, phase_s=period_s / 3) for period_s in PERIODS_S),
+        Square(low, high, 0.35, duty=0.1),
+        Ramp(low, high, 3),
+        Ramp(low, high, 0.3),
+    ]
+
+
+@pytest.mark.parametrize("profile", ["a100", "ada", "t4", "pascal", "average_only"])
+def test_the_truth_lies_within_the_bounds_on_every_other_rung(simulate: NodeFactory, profile: str) -> None:
+    powers = loads(HIGH_WATTS[profile])
+    for some in (powers[:8], powers[8:]):
+        node = simulate(*[Device(profile, power) for power in some]).begin()
+        node.run(50)
+        for gpu in range(len(some)):
+            end_ns = node.gpu(gpu).timeline_end_ns
+            assert end_ns is not None
+            for seconds, back_s in itertools.product((1, 5, 30), (0, 1.37, 4.2, 9.99, 15.05)):
+                until_ns = end_ns - round(back_s * NS)
+                check_energy(node, gpu, until_ns - seconds * NS, until_ns)
+
+
+@pytest.mark.parametrize("profile", ["h200", "a100", "ada", "t4", "pascal", "average_only"])
+def test_a_steady_load_is_exact_on_every_rung(simulate: NodeFactory, profile: str) -> None:
+    node = simulate(Device(profile, Constant(55))).begin()
+    node.run(60)
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    for seconds in (1, 5, 30):
+        assert check_energy(node, 0, end_ns - seconds * NS, end_ns) == pytest.approx(0, abs=1e-3)
+
+
+def test_activity_integrals(simulate: NodeFactory) -> None:
+    levels = {
+        "graphics_util": (90.0, 0.0),
+        "sm_util": (70.0, 0.0),
+        "any_tensor_util": (55.0, 0.0),
+        "dram_bw_util": (40.0, 0.5),
+        "pcie_rx_per_sec": (900.0, 0.0),
+        "nvlink_total_tx_per_sec": (3000.0, 100.0),
+    }
+    node = simulate(Device(power=Square(100, 600, 1.7), gpm=levels)).begin()
+    node.run(1)
+    before, from_ns = node.gpu(), node.clock.now_ns()
+    node.run(120)
+    after, to_ns = node.gpu(), node.clock.now_ns()
+
+    def truth(metric: int) -> float:
+        return node.shim.true_gpm_integral(0, metric, from_ns, to_ns)
+
+    def grown(name: str) -> float:
+        return float(getattr(after, name) - getattr(before, name))
+
+    busy = {pipe: after.busy_seconds[pipe] - before.busy_seconds.get(pipe, 0.0) for pipe in after.busy_seconds}
+    # Readings end up to half a second before the snapshot, at both ends.
+    assert busy[Pipe.SM] == pytest.approx(truth(2) / 100, abs=0.5)
+    assert busy[Pipe.TENSOR] == pytest.approx(truth(5) / 100, abs=0.4)
+    peak = after.info.peak_dram_bytes_per_second
+    assert peak is not None
+    assert grown("dram_bytes") == pytest.approx(truth(10) / 100 * peak, rel=0.01)
+    received = after.pcie_bytes["receive"] - before.pcie_bytes["receive"]
+    assert received == pytest.approx(truth(21) * 2**20, rel=0.01)
+    sent = after.nvlink_bytes["transmit"] - before.nvlink_bytes["transmit"]
+    assert sent == pytest.approx(truth(61) * 2**20, rel=0.01)
+
+
+# ---- tiers ----
+
+
+def test_tiers_run_at_their_rates(simulate: NodeFactory) -> None:
+    intervals = Intervals(ring=1.0, activity=0.25, state=2.0, health=5.0, counter=10.0)
+    node = simulate(*[Device() for _ in range(8)]).begin(intervals)
+    calls = {
+        RING: 60,
+        "nvmlDeviceGetUtilizationRates": 30,
+        "nvmlDeviceGetComputeRunningProcesses_v3": 12,
+        COUNTER: 6,
+    }
+    before = {call: [node.shim.call_count(call, gpu) for gpu in range(8)] for call in calls}
+    node.run(60)
+    for call, times in calls.items():
+        for gpu in range(8):
+            # A process list is sized first.
+            grown = node.shim.call_count(call, gpu) - before[call][gpu]
+            assert times <= grown <= times + 2 or (call.endswith("_v3") and grown <= 2 * (times + 2)), (call, gpu)
+
+
+def test_devices_take_turns(simulate: NodeFactory) -> None:
+    """Not all rings are read in one go: a scrape in between always sees some that are half an interval younger."""
+    node = simulate(*[Device() for _ in range(8)]).begin()
+    never = threading.Event()
+    read_ns: list[list[int]] = [[] for _ in range(8)]
+    counts = [node.shim.call_count(RING, gpu) for gpu in range(8)]
+    end_ns = node.clock.now_ns() + 10 * NS
+    while (now_ns := node.clock.now_ns()) < end_ns:
+        next_ns = node.sampler.run_due()
+        for gpu in range(8):
+            count = node.shim.call_count(RING, gpu)
+            if count != counts[gpu]:
+                read_ns[gpu].append(now_ns)
+            counts[gpu] = count
+        node.clock.wait(next_ns, never)
+    moments = {times[-1] for times in read_ns}
+    assert len(moments) >= 2
+    assert all(np.diff(times).max() < 1.01 * NS for times in read_ns)
+
+
+def test_a_late_tier_skips_what_it_missed(simulate: NodeFactory) -> None:
+    node = simulate().begin(Intervals(state=1.0))
+    node.run(3)
+    before = node.shim.call_count("nvmlDeviceGetUtilizationRates", 0)
+    node.shim.advance(30)
+    node.run(0)
+    assert node.shim.call_count("nvmlDeviceGetUtilizationRates", 0) == before + 1
+    node.run(5)
+    assert node.shim.call_count("nvmlDeviceGetUtilizationRates", 0) == before + 6
+
+
+def test_the_counter_is_read_as_often_as_it_costs_where_energy_comes_from_it(simulate: NodeFactory) -> None:
+    node = simulate(Device("a100"), latencies=[Latency.call(COUNTER, 4000)]).begin()
+    before = node.shim.call_count(COUNTER, 0)
+    node.run(60)
+    # 4 ms of a core each, half a percent of a core in all: one in 0.8 s.
+    assert 60 < node.shim.call_count(COUNTER, 0) - before < 90
+
+
+def test_the_governor_reads_less_often_and_relaxes_again(simulate: NodeFactory, tmp_path: Path) -> None:
+    control = tmp_path / "control"
+    node = simulate(control=control).begin(cpu_budget_ratio=0.02)
+    node.run(20)
+    assert node.sampler.snapshot.sampler.stretch == 1.0
+    write_control(control, [Fault.slow("nvmlGpmSampleGet", 20_000, burn=True)])
+    node.shim.poll_control()
+    with structlog.testing.capture_logs() as logs:
+        node.run(60)
+        # 2 readings a second at 20 ms are twice the budget.
+        stretch = node.sampler.snapshot.sampler.stretch
+        assert 1.5 < stretch <= 8
+        before = node.shim.call_count("nvmlGpmSampleGet", 0)
+        node.run(20)
+        assert node.shim.call_count("nvmlGpmSampleGet", 0) - before < 35
+        assert ready(node).ready
+        write_control(control)
+        node.shim.poll_control()
+        node.run(60)
+    assert node.sampler.snapshot.sampler.stretch == 1.0
+    assert [line["event"] for line in logs] == [
+        "reading less often to stay within the CPU budget",
+        "reading at the configured intervals again",
+    ]
+
+
+def test_the_ring_is_never_read_too_late_for_its_depth(simulate: NodeFactory) -> None:
+    node = simulate(Device(power=Square(100, 600, 0.13)), latencies=[Latency.call("nvmlGpmSampleGet", 5000)])
+    node.begin(cpu_budget_ratio=0.001)
+    node.run(90)
+    assert node.sampler.snapshot.sampler.stretch == 8
+    assert node.gpu().gap_seconds == 0
+
+
+# ---- faults of one GPU ----
+
+
+@pytest.mark.parametrize("same_handle", [False, True])
+def test_a_lost_gpu_is_dropped_and_picked_up_again(simulate: NodeFactory, *, same_handle: bool) -> None:
+    node = simulate(
+        Device(power=Square(100, 600, 1.3)),
+        Device(power=Square(150, 400, 0.9)),
+        faults=[Fault.lost(0, from_s=20, to_s=40, same_handle=same_handle)],
+        xids=[Xid(0, 79, at_s=65)],
+    ).begin()
+    joules: list[float] = []
+    with structlog.testing.capture_logs() as logs:
+        for second in range(75):
+            node.run(1)
+            joules.append(node.gpu(0).energy_joules)
+            other = node.gpu(1)
+            assert other.status is DeviceStatus.OK
+            assert other.gap_seconds == 0
+            if second == 30:
+                lost = node.gpu(0)
+                assert lost.status is DeviceStatus.LOST
+                assert (lost.power_watts, lost.clock_hertz, lost.processes) == (None, {}, None)
+                assert "GPU_IS_LOST" in ready(node).reasons[0]
+                assert len(ready(node).reasons) == 1
+    assert np.all(np.diff(joules) >= 0), "a counter never goes down"
+    back = node.gpu(0)
+    assert (back.status, back.problem, back.energy_source) == (DeviceStatus.OK, "", "power_ring")
+    assert ready(node).ready
+    # The hardware counter knows what was used while nobody could look.
+    assert back.timeline_end_ns is not None
+    assert check_energy(node, 0, START_NS, back.timeline_end_ns) == pytest.approx(0, abs=0.01)
+    assert [line["event"] for line in logs] == ["GPU lost", "GPU is back"]
+    node.sampler._xids.extend(node.source.events(0))
+    node.run(1)
+    assert node.gpu(0).xid_errors == {79: 1}, "critical errors are watched on the new handle as well"
+
+
+def test_a_gpu_lost_while_it_is_tried_at_start_comes_later(simulate: NodeFactory) -> None:
+    node = simulate(Device(), Device(), faults=[Fault.lost(0, from_s=0.3, to_s=10)]).begin()
+    assert node.gpu(0).status is DeviceStatus.LOST
+    assert not ready(node).ready
+    node.run(60)
+    assert node.gpu(0).status is DeviceStatus.OK
+    assert node.gpu(0).energy_source == "power_ring"
+    assert ready(node).ready
+
+
+def test_a_gpu_that_comes_back_without_power_is_tried_again(simulate: NodeFactory) -> None:
+    sick = [Fault.error(call, 999, gpu=0, from_s=10, to_s=30) for call in (RING, COUNTER, FIELDS)]
+    node = simulate(Device(), Device(), faults=[Fault.lost(0, from_s=10, to_s=12), *sick]).begin()
+    node.run(25)
+    assert node.gpu(0).status is DeviceStatus.LOST
+    node.run(75)
+    assert node.gpu(0).status is DeviceStatus.OK
+    assert node.gpu(0).energy_source == "power_ring"
+
+
+def test_one_reading_that_fails_for_good_costs_only_itself(simulate: NodeFactory) -> None:
+    node = simulate(faults=[Fault.error("nvmlDeviceGetComputeRunningProcesses_v3", 999, from_s=20)])
+    node.begin(Intervals(health=5.0))
+    with structlog.testing.capture_logs() as logs:
+        node.run(15)
+        assert node.gpu().processes == ()
+        node.run(100)
+    assert [line["event"] for line in logs] == ["GPU read fails"]
+    device = node.gpu()
+    assert device.status is DeviceStatus.OK
+    assert device.processes is None
+    assert "health reads fail: nvmlDeviceGetComputeRunningProcesses_v3: UNKNOWN" in device.problem
+    assert device.clock_hertz
+    assert ready(node).ready
+    errors = node.sampler.snapshot.sampler.call_errors
+    assert errors["nvmlDeviceGetComputeRunningProcesses_v3", "UNKNOWN"] >= 18
+
+
+def test_a_reading_that_is_refused_for_good_is_dropped(simulate: NodeFactory) -> None:
+    node = simulate(faults=[Fault.error("nvmlGpmSampleGet", 3, from_s=20)]).begin()
+    node.run(15)
+    assert node.gpu().dram_bandwidth_ratio is not None
+    node.run(60)
+    calls = node.shim.call_count("nvmlGpmSampleGet", 0)
+    node.run(60)
+    assert node.shim.call_count("nvmlGpmSampleGet", 0) == calls
+    assert node.gpu().dram_bandwidth_ratio is None
+    assert ready(node).ready
+
+
+@pytest.mark.parametrize("code", [3, 999])
+def test_a_ring_that_fails_for_good_leaves_the_next_rung(simulate: NodeFactory, code: int) -> None:
+    faults = [Fault.error(RING, code, gpu=0, from_s=20)]
+    node = simulate(Device(power=Constant(300)), Device(power=Constant(200)), faults=faults).begin()
+    joules = []
+    for _ in range(80):
+        node.run(1)
+        joules.append(node.gpu(0).energy_joules)
+    assert np.all(np.diff(joules) >= 0)
+    device = node.gpu(0)
+    assert (device.status, device.energy_source) == (DeviceStatus.OK, "energy_counter")
+    assert device.timeline_end_ns is not None
+    check_energy(node, 0, START_NS, device.timeline_end_ns)
+    assert check_energy(node, 0, device.timeline_end_ns - 30 * NS, device.timeline_end_ns) == pytest.approx(0, abs=0.01)
+    assert node.gpu(1).energy_source == "power_ring"
+    assert node.gpu(1).gap_seconds == 0
+    assert ready(node).ready
+
+
+def test_a_refused_ring_is_replaced_before_readiness_is_lost(simulate: NodeFactory) -> None:
+    node = simulate(faults=[Fault.error(RING, 3, from_s=20)]).begin()
+    for _ in range(400):
+        node.run(0.1)
+        assert not any("old" in reason for reason in ready(node).reasons)
+    assert node.gpu().energy_source == "energy_counter"
+    # The power seen goes on for the two or three seconds in between.
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    assert check_energy(node, 0, START_NS, end_ns) == pytest.approx(0, abs=0.01)
+
+
+def test_a_counter_that_fails_does_not_cost_the_ring(simulate: NodeFactory) -> None:
+    # The gap that the loss leaves is to be filled from the counter, which is refused by then.
+    faults = [Fault.lost(0, from_s=20, to_s=21), Fault.error(COUNTER, 999, from_s=26)]
+    node = simulate(Device(power=Constant(200)), faults=faults).begin(Intervals(counter=5.0))
+    node.run(25)
+    node.shim.advance(4)
+    node.run(40)
+    device = node.gpu()
+    assert device.energy_source == "power_ring"
+    assert device.status is DeviceStatus.OK
+    assert ready(node).ready
+    assert device.timeline_end_ns is not None
+    check_energy(node, 0, START_NS, device.timeline_end_ns)
+
+
+@pytest.mark.parametrize("profile", ["h200", "a100"])
+def test_a_counter_that_starts_again(simulate: NodeFactory, profile: str) -> None:
+    node = simulate(Device(profile, Square(100, 300, 1.3)), faults=[Fault.counter_reset(0, at_s=33)]).begin()
+    joules = []
+    for _ in range(90):
+        node.run(1)
+        joules.append(node.gpu().energy_joules)
+    assert np.all(np.diff(joules) >= 0)
+    assert node.gpu().counter_resets == 1
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    assert check_energy(node, 0, START_NS + NS, end_ns) == pytest.approx(0, abs=0.01)
+    assert ready(node).ready
+
+
+@pytest.mark.parametrize("call", [RING, COUNTER, FIELDS])
+@pytest.mark.parametrize("profile", ["h200", "a100"])
+def test_garbage_now_and_then_is_dropped(simulate: NodeFactory, profile: str, call: str) -> None:
+    node = simulate(Device(profile, Square(100, 300, 0.7)), faults=[Fault.garbage(call, every=7, from_s=5)]).begin()
+    node.run(120)
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    assert node.gpu().status is DeviceStatus.OK
+    assert check_energy(node, 0, end_ns - 100 * NS, end_ns) == pytest.approx(0, abs=0.02)
+    for watts in (node.gpu().power_watts, node.gpu().power_max_watts, node.gpu().memory_power_watts):
+        assert watts is None or watts < 1400
+
+
+# ---- time ----
+
+
+@pytest.mark.parametrize("seconds", [10, -10, 3600, -3600])
+@pytest.mark.parametrize("profile", ["h200", "a100", "pascal"])
+def test_the_account_goes_on_when_the_clock_is_set(simulate: NodeFactory, profile: str, seconds: float) -> None:
+    node = simulate(Device(profile, Square(60, 250, 1.3))).begin()
+    node.run(25.3)
+    joules = [node.gpu().energy_joules]
+    for step in (seconds, -seconds):
+        node.clock.step(step)
+        for _ in range(40):
+            node.run(0.5)
+            joules.append(node.gpu().energy_joules)
+            assert ready(node).ready
+    assert np.all(np.diff(joules) >= 0)
+    assert node.gpu().timeline_end_ns == pytest.approx(node.clock.now_ns(), abs=1.1 * NS)
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    for window_s in (1, 5, 45):
+        check_energy(node, 0, end_ns - window_s * NS, end_ns)
+    # With the ring, nothing is missing at all.
+    assert profile != "h200" or node.gpu().gap_seconds == 0
+
+
+def test_a_pause_of_the_process_is_filled_from_the_counter(simulate: NodeFactory) -> None:
+    node = simulate(Device(power=Steps([(0, 100), (31, 600), (33, 150)]))).begin(Intervals(counter=5.0))
+    node.run(30)
+    node.shim.advance(8)
+    node.run(10)
+    device = node.gpu()
+    # The ring holds the last 2.4 of the 8 s.
+    assert device.gap_seconds == pytest.approx(5.6, abs=1.1)
+    assert device.timeline_end_ns is not None
+    assert check_energy(node, 0, START_NS, device.timeline_end_ns) == pytest.approx(0, abs=0.03)
+    assert ready(node).ready
+
+
+# ---- the driver as a whole ----
+
+
+def test_an_updated_driver_ends_the_process_with_a_sentence(simulate: NodeFactory) -> None:
+    node = simulate(faults=[Fault.driver_mismatch(from_s=10)]).begin()
+    with pytest.raises(DriverLostError, match=r"driver was updated under this process .* restart jouletrace"):
+        node.run(20)
+
+
+def test_a_driver_that_restarts_is_opened_anew(simulate: NodeFactory) -> None:
+    node = simulate(
+        Device(power=Square(100, 600, 1.3)),
+        Device(power=Constant(200)),
+        faults=[Fault.error("*", 999, from_s=10, to_s=40)],
+    ).begin()
+    with structlog.testing.capture_logs() as logs:
+        node.run(30)
+        assert [device.status for device in node.sampler.snapshot.devices] == [DeviceStatus.LOST] * 2
+        assert node.shim.call_count("nvmlShutdown") > 0
+        node.run(60)
+    assert [device.status for device in node.sampler.snapshot.devices] == [DeviceStatus.OK] * 2
+    assert ready(node).ready
+    for gpu in range(2):
+        end_ns = node.gpu(gpu).timeline_end_ns
+        assert end_ns is not None
+        check_energy(node, gpu, START_NS, end_ns)
+    # One line when it starts and one when it ends, for each GPU.
+    assert [line["event"] for line in logs] == ["GPU read fails"] * 2 + ["GPU is back"] * 2
+
+
+def test_a_driver_that_stays_away_is_given_up(simulate: NodeFactory) -> None:
+    node = simulate(faults=[Fault.error("*", 999, from_s=10), Fault.error("nvmlShutdown", 999, from_s=10)])
+    node.begin(give_up_after_seconds=60)
+    with pytest.raises(DriverLostError, match=r"no GPU has answered for 60 s .*UNKNOWN \(code 999\)\).*nvidia-smi"):
+        node.run(200)
+    assert 70 <= (node.clock.now_ns() - START_NS) / NS < 85
+
+
+def test_errors_are_counted_while_everything_is_lost(simulate: NodeFactory) -> None:
+    node = simulate(faults=[Fault.lost(0, from_s=10)]).begin()
+    node.run(20)
+    before = sum(node.sampler.snapshot.sampler.call_errors.values())
+    node.run(40)
+    assert sum(node.sampler.snapshot.sampler.call_errors.values()) > before
+
+
+def test_critical_errors_are_counted(simulate: NodeFactory) -> None:
+    node = simulate(Device(), Device(), xids=[Xid(0, 79, at_s=5), Xid(0, 79, at_s=6), Xid(1, 13, at_s=6)]).begin()
+    node.run(10)
+    for _ in range(3):
+        node.sampler._xids.extend(node.source.events(0))
+    node.run(1)
+    assert node.gpu(0).xid_errors == {79: 2}
+    assert node.gpu(1).xid_errors == {13: 1}
+
+
+# ---- idle ----
+
+
+@pytest.mark.parametrize(("profile", "levels"), [("h200", (79.0, 121.0)), ("a100", (55.0, 88.0))])
+def test_idle_levels_are_learnt(simulate: NodeFactory, profile: str, levels: Sequence[float]) -> None:
+    bare, parked = levels
+    node = simulate(
+        Device(
+            profile,
+            Steps([(0, bare), (60, 350), (90, parked)], active_above_watts=200),
+            gpm={"graphics_util": (95.0, 0.0), "sm_util": (80.0, 0.0)} if profile == "h200" else {},
+            state={"util_pct": (97, 0), "memory_util_pct": (50, 0)},
+            processes=[Process(77, 2000, from_s=60)],
+        )
+    ).begin()
+    node.run(59)
+    assert node.gpu().idle_watts == pytest.approx({"bare": bare}, rel=0.01)
+    node.run(91)
+    assert node.gpu().idle_watts == pytest.approx({"bare": bare, "parked": parked}, rel=0.01)
+    learnt = node.sampler.learnt_levels()[node.gpu().info.uuid]
+    assert learnt[IdleKind.PARKED].watts == pytest.approx(parked, rel=0.01)
+
+
+def test_levels_of_before_are_known_from_the_start(simulate: NodeFactory) -> None:
+    node = simulate(Device(power=Constant(79))).begin()
+    node.run(60)
+    levels = node.sampler.learnt_levels()
+    assert levels
+    again = simulate(Device(power=Constant(600), gpm={"graphics_util": 95.0})).begin(levels=levels)
+    again.run(5)
+    assert again.gpu().idle_watts == pytest.approx({"bare": 79}, rel=0.01)
+
+
+# ---- the thread ----
+
+
+def test_a_hang_stops_the_heartbeat_and_names_the_call(simulate: NodeFactory, tmp_path: Path) -> None:
+    control = tmp_path / "control"
+    node = simulate(Device(), Device(), control=control)
+    node.shim.use_real_time()
+    sampler = Sampler(node.source, Intervals(ring=0.1))
+    sampler.start()
+
+    def until(what: str, condition: object) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():  # type: ignore[operator]
+            assert time.monotonic() < deadline, what
+            time.sleep(0.01)
+
+    until("first samples", lambda: len(sampler.snapshot.devices) == 2)
+    write_control(control, [Fault.hang(RING, gpu=1)])
+    until("the hang", lambda: sampler.heartbeat_age_seconds > 0.8)
+    assert sampler.overdue_call == f"{RING} on GPU 1"
+    assert not sampler.stop(patience_seconds=0.1)
+    write_control(control)
+    until("the end", lambda: not sampler._thread.is_alive())
