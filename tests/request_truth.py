@@ -1,6 +1,6 @@
 """What each request of a recording truly used, and what the usual ways of sharing would say.
 
-Written apart from the ledger: power samples are added up here, and steps are split by a loop over the events.
+Written apart from the ledger: each step's energy is read from the timeline and split by a loop over the events.
 """
 
 from collections import defaultdict
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jouletrace.energy.meter import EnergySource, Meter
+from jouletrace.gpu.readings import PowerSamples
 from jouletrace.trace.recording import Recording
 
 Grid = tuple[float, float, float]
@@ -29,11 +31,14 @@ class Truth:
 
 
 def energy_curve(recording: Recording):
-    """E(t) from the ring: a sample is the mean power of the time since the one before."""
+    """E(t) of the daemon's timeline: what a step's energy is measured with (its own tests hold it to the counter)."""
     ring = recording.streams["power_ring_20ms"]
-    seconds = np.diff(ring.t_ns) / 1e9
-    joules = np.concatenate(([0.0], np.cumsum(ring.values["mw"][1:] / 1e3 * seconds)))
-    return lambda t_ns: float(np.interp(t_ns - ring.t_ns[0], ring.t_ns - ring.t_ns[0], joules))
+    meter = Meter(EnergySource.POWER_RING, limit_watts=700.0, architecture="", has_counter=False)
+    meter.add_ring(PowerSamples(ring.t_ns, ring.values["mw"]))
+    meter.flush()
+    assert meter.timeline is not None
+    times, joules = meter.timeline.nodes()
+    return lambda t_ns: float(np.interp(t_ns - times[0], times - times[0], joules))
 
 
 def truth(recording: Recording, grid: Grid | None = None) -> Truth:

@@ -1,10 +1,12 @@
 """The sampler on the simulated driver in this process and on virtual time: hours pass in seconds, nothing sleeps."""
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
 
 from jouletrace.gpu.nvml import NvmlDevice, NvmlSource
+from jouletrace.gpu.readings import GpuError
 from jouletrace.gpu.sampler import Intervals, Sampler
 from jouletrace.snapshot import DeviceSnapshot
 from tests.nvml_shim import Scenario, Shim
@@ -70,6 +72,8 @@ class SimulatedNode:
         never = threading.Event()
         end_ns = self.clock.now_ns() + round(seconds * NS)
         while True:
+            with contextlib.suppress(GpuError):
+                self.sampler.collect_events(0)
             next_ns = self.sampler.run_due()
             if next_ns > end_ns:
                 self.clock.wait(end_ns, never)

@@ -28,10 +28,11 @@ from jouletrace.daemon import (
     chooser,
     demo_recording,
     exit_code,
+    explanation,
     intervals,
     make_source,
 )
-from jouletrace.gpu.readings import Device, DriverMismatchError, GpuError, NoDriverError, Source
+from jouletrace.gpu.readings import Device, GpuError, NoDriverError, Source
 from jouletrace.gpu.sampler import DriverLostError, Sampler
 from jouletrace.trace.recording import RecordingError
 from jouletrace.web.serve import ListenError
@@ -47,13 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.command(options)
     except (ConfigError, ListenError, RecordingError) as failure:
         return _fail(failure, EXIT_USAGE)
-    except DriverMismatchError as failure:
-        return _fail(
-            f"the NVIDIA library and the kernel driver differ ({failure}): reboot, or reload the driver's modules",
-            exit_code(failure),
-        )
     except _GPU_PROBLEMS as failure:
-        return _fail(failure, exit_code(failure))
+        return _fail(explanation(failure), exit_code(failure))
     except BrokenPipeError:
         # The reader (head, less) has gone; Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,7 +114,7 @@ def _command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, call: object, text: str
 ) -> argparse.ArgumentParser:
     """Add a command that takes the configuration's file and flags."""
-    parser = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.add_argument(
         "--config.file", dest="config_file", type=Path, metavar="FILE", help="YAML configuration"
     )

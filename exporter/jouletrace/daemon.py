@@ -101,6 +101,13 @@ def exit_code(failure: BaseException) -> int:
             return 1
 
 
+def explanation(failure: BaseException) -> str:
+    """Return why a source cannot be used, as a sentence for an operator."""
+    if isinstance(failure, DriverMismatchError):
+        return f"the NVIDIA library and the kernel driver differ ({failure}): reboot, or reload the driver's modules"
+    return str(failure)
+
+
 class Daemon:
     """Builds the services from a configuration and runs them until a signal or until one of them dies."""
 
@@ -186,7 +193,7 @@ class Daemon:
         if exit_code(failure) == 1:
             _log.critical("the sampler died of a fault in jouletrace; please report this", exc_info=failure)
         else:
-            _log.critical(f"cannot go on: {failure}")
+            _log.critical(f"cannot go on: {explanation(failure)}")
 
     async def _save_regularly(self) -> None:
         while True:

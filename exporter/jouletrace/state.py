@@ -32,9 +32,7 @@ class StateDirectory:
         except FileNotFoundError:
             return {}
         except OSError as failure:
-            _log.warning(
-                "idle levels cannot be read, they are learnt anew", file=str(file), error=failure.strerror
-            )
+            _log.warning("idle levels cannot be read, they are learnt anew", file=str(file), error=failure.strerror)
         except ValueError as failure:
             aside = file.with_suffix(".unreadable")
             _log.warning(

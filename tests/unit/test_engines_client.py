@@ -384,7 +384,9 @@ sys.exit(any(codes) or client.dropped)
 @pytest.mark.parametrize("way", ["url", "stream", "datagram"])
 def test_after_a_fork_parent_and_children_go_on(daemon: Daemon, way: str) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", FORKING, getattr(daemon, way)], env=environment, timeout=30, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, getattr(daemon, way)], env=environment, timeout=30, check=False
+    )
     assert done.returncode == 0
     ids = sorted(r.request_id for r in daemon.requests(9))
     assert ids == sorted(["before", *["after"] * 2, *[f"child-{n}" for n in range(3) for _ in range(2)]])
@@ -392,7 +394,9 @@ def test_after_a_fork_parent_and_children_go_on(daemon: Daemon, way: str) -> Non
 
 def test_the_end_of_the_program_does_not_wait_for_a_dead_daemon() -> None:
     hanging = Hanging()
-    text = f'from jouletrace.engines.client import Client; Client("{hanging.url}").send("request", {{"request_id": "a"}})'
+    text = (
+        f'from jouletrace.engines.client import Client; Client("{hanging.url}").send("request", {{"request_id": "a"}})'
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", text], env=environment, timeout=20, check=True)

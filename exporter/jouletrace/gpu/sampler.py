@@ -390,9 +390,13 @@ class Sampler:
         """Collect critical errors; they wait in a queue for the sampler thread."""
         while not self._stop.is_set():
             try:
-                self._xids.extend(self.source.events(EVENT_WAIT_SECONDS))
+                self.collect_events(EVENT_WAIT_SECONDS)
             except GpuError:
                 self._stop.wait(EVENT_WAIT_SECONDS)
+
+    def collect_events(self, timeout_seconds: float) -> None:
+        """Wait for critical errors and keep them for the next `run_due`."""
+        self._xids.extend(self.source.events(timeout_seconds))
 
     def begin(self) -> None:
         """Open the source, find out what its devices can do and plan the reads."""
@@ -404,12 +408,12 @@ class Sampler:
             for device, capabilities in zip(devices, found, strict=True)
         ]
         self._introduce()
-        self.source.watch_events(devices)
         self._plan()
         for account in self._accounts:
             if account.capabilities.lost is not None:
                 self._note_error(account.capabilities.lost)
                 self._lose(account, account.capabilities.lost)
+        self._watch_events()
         self._publish(self._accounts)
 
     def _introduce(self) -> None:
@@ -636,6 +640,7 @@ class Sampler:
         """Drop a device and try to get it back by UUID, with growing patience."""
         self._fails(account, "GPU lost", failure)
         self._away(account, f"lost ({failure}); it is picked up again when it returns", RETRY_FIRST_SECONDS)
+        self._watch_events()
 
     def _away(self, account: _DeviceAccount, problem: str, retry_seconds: float) -> None:
         """Stop all reads of a device; what comes next is the try to get it back."""
@@ -654,7 +659,7 @@ class Sampler:
         device = self.source.reopen_device(account.device.info.uuid)
         [capabilities] = probe([device], self.source.clock, self._stop)
         self._readmit(account, device, capabilities)
-        self.source.watch_events([device])
+        self._watch_events()
 
     def _readmit(self, account: _DeviceAccount, device: Device, capabilities: Capabilities) -> None:
         """Read a device again; raises GpuError when it has not really come back."""
@@ -722,9 +727,12 @@ class Sampler:
                 self._readmit(ours[device.info.uuid], device, capabilities)
             except GpuError as failure:
                 self._note_error(failure)
-        self.source.watch_events(devices)
+        self._watch_events()
 
     # ---------------------------------------------------------------- the rest
+
+    def _watch_events(self) -> None:
+        self.source.watch_events([a.device for a in self._accounts if a.status is not DeviceStatus.LOST])
 
     def _take_events(self) -> None:
         while self._xids:

@@ -13,12 +13,24 @@ Float64s = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
+ACTIVITY_LAG_NS = 100_000_000
+"""How much older than its time a GPM reading may be: on the H200 recording 76 steps, 0.7 % of the energy, fall into
+100 ms windows that read idle, each just before a window that reads busy."""
+_RECENT_ROWS = 20
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BusyTrack:
-    """Whether work ran: `busy[i]` holds for (end_ns[i - 1], end_ns[i]]; end_ns increases."""
+    """Whether work ran: `busy[i]` holds for (end_ns[i - 1], end_ns[i]], give or take `blur_ns`; end_ns increases."""
 
     end_ns: Int64s
     busy: Bools
+
+    @property
+    def blur_ns(self) -> int:
+        """How far in time a reading may be off: a window's length and the sensor's lag."""
+        recent = np.diff(self.end_ns[-_RECENT_ROWS:])
+        return ACTIVITY_LAG_NS + (int(np.median(recent)) if len(recent) else 0)
 
     def at(self, times_ns: Int64s) -> Bools:
         """Return the flag at each time; outside the track its first and last flag hold."""
@@ -27,10 +39,23 @@ class BusyTrack:
         found: Bools = self.busy[np.minimum(np.searchsorted(self.end_ns, times_ns), len(self.busy) - 1)]
         return found
 
+    def around(self, times_ns: Int64s) -> Bools:
+        """Return whether any work ran within the blur of each time."""
+        if not len(self.end_ns):
+            return np.zeros(len(times_ns), np.bool_)
+        count = np.concatenate(([0], np.cumsum(self.busy)))
+        last = len(self.busy) - 1
+        first = np.minimum(np.searchsorted(self.end_ns, times_ns - self.blur_ns), last)
+        final = np.minimum(np.searchsorted(self.end_ns, times_ns + self.blur_ns), last)
+        found: Bools = count[final + 1] > count[first]
+        return found
+
     def changes(self, from_ns: int, until_ns: int) -> Int64s:
-        """Return the times in [from_ns, until_ns] at which the flag changes."""
+        """Return the times in [from_ns, until_ns] at which `at` or `around` may change."""
         turns = self.end_ns[:-1][self.busy[1:] != self.busy[:-1]]
-        inside: Int64s = turns[slice(*np.searchsorted(turns, [from_ns, until_ns + 1]))]
+        turns = turns[slice(*np.searchsorted(turns, [from_ns - self.blur_ns, until_ns + self.blur_ns + 1]))]
+        times = np.concatenate((turns - self.blur_ns, turns, turns + self.blur_ns))
+        inside: Int64s = times[(times >= from_ns) & (times <= until_ns)]
         return inside
 
 

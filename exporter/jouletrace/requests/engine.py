@@ -132,6 +132,8 @@ class Engine:
         self._steps_sorted = True
         self.last_step_end_ns = 0
         self._settled_step_ns = 0
+        self.last_active_ns = 0
+        """The latest time in the account at which its requests were active."""
         self.evidence_ns = 0
         """Everything up to here has been told, as far as live feeds go."""
         self._hold_ns: float | None = None
@@ -144,6 +146,8 @@ class Engine:
         """and the energy of one prompt token: for provisional answers."""
         self.busy_joules = 0.0
         self.lost_joules = 0.0
+        self.told_ns = 0
+        """When it last told something that counted."""
         self.accepted = 0.0
         self.dropped = 0.0
         self._prompt_tokens = (0.0, 0)
@@ -273,7 +277,7 @@ class Engine:
         )
 
     def see(self, plan: Plan, edges: Int64s, busy: Bools | None) -> Seen:
-        """Lay a plan over slices; `busy` says where any of the engine's devices worked (None: not known)."""
+        """Lay a plan over slices; `busy` says where any of the engine's devices may have worked (None: not known)."""
         middle = (edges[:-1] + edges[1:]) // 2
         step = np.full(len(middle), -1, np.int64)
         if len(plan.steps):

@@ -101,11 +101,11 @@ class Journal(Generic[State]):
             if last is None or self._file is None:
                 self._rotate(state)
             elif changes := _changes(last, state):
-                frame = _frame(msgspec.msgpack.encode(changes))
-                if self._size + len(frame) > max(self._limit_bytes, 2 * self._full_size):
+                payload = msgspec.msgpack.encode(changes)
+                if self._size + _FRAME.size + len(payload) > max(self._limit_bytes, 2 * self._full_size):
                     self._rotate(state)
                 else:
-                    self._append(frame)
+                    self._append(payload)
             self._last = state
         except OSError as failure:
             # Half a frame may be on the disk, and what follows it would never be read.
@@ -139,10 +139,9 @@ class Journal(Generic[State]):
             os.close(self._file)
             self._file = None
 
-    def _append(self, frame: bytes) -> None:
+    def _append(self, payload: bytes) -> None:
         assert self._file is not None
-        _write_all(self._file, frame)
-        self._size += len(frame)
+        self._size += _write_frame(self._file, payload)
         now = time.monotonic()
         if now - self._synced >= FSYNC_SECONDS:
             os.fsync(self._file)
@@ -150,19 +149,19 @@ class Journal(Generic[State]):
 
     def _rotate(self, state: State) -> None:
         """Replace the file by one that holds this state alone."""
-        header = msgspec.msgpack.encode(_Header(self._boot))
-        content = MAGIC + _frame(header) + _frame(msgspec.msgpack.encode(state))
         new = self._path.with_suffix(_NEW)
         file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            _write_all(file, content)
+            size = _write_all(file, MAGIC)
+            size += _write_frame(file, msgspec.msgpack.encode(_Header(self._boot)))
+            size += _write_frame(file, msgspec.msgpack.encode(state))
             os.fsync(file)
             new.replace(self._path)
         except OSError:
             os.close(file)
             raise
         self._forget_file()
-        self._file, self._size, self._full_size = file, len(content), len(content)
+        self._file, self._size, self._full_size = file, size, size
         self._synced = time.monotonic()
         directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -253,14 +252,16 @@ def _changes(last: State, now: State) -> dict[str, _Change]:
 _ABSENT: Final = object()
 
 
-def _frame(payload: bytes) -> bytes:
-    return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
+def _write_frame(file: int, payload: bytes) -> int:
+    """Write a frame; return its size."""
+    return _write_all(file, _FRAME.pack(len(payload), zlib.crc32(payload))) + _write_all(file, payload)
 
 
-def _write_all(file: int, content: bytes) -> None:
+def _write_all(file: int, content: bytes) -> int:
     view = memoryview(content)
     while view:
         view = view[os.write(file, view) :]
+    return len(content)
 
 
 class _Frames(Iterator[bytes]):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from jouletrace.energy.baseline import IdleKind
 from jouletrace.requests.account import LedgerSnapshot, Method, Phase, RequestEnergy, Taken
-from jouletrace.requests.devices import Bools, DeviceView, brackets, slack
+from jouletrace.requests.devices import Bools, BusyTrack, DeviceView, brackets, slack
 from jouletrace.requests.engine import UNCLAIMED_NS, Engine, Seen, Step
 from jouletrace.requests.histogram import JoulesHistogram
 from jouletrace.requests.inflight import JOULE_COLUMNS, NO_ACCOUNT, NOBODY, Inference, InFlight
@@ -47,6 +47,8 @@ STALE_NS = 30 * S
 BUSY_PATIENCE_NS = 5 * S
 """How long a pass waits for the activity readings that belong to it (they come 2-5 times a second)."""
 COVERAGE_HALF_LIFE_S = 120.0
+SILENT_NS = 300 * S
+"""An engine that has told nothing for this long is taken to have no feed."""
 RESTART_NS = 1 * S
 """A running request that arrives again this much later is another life of its id."""
 UNKNOWN_MODEL = "unknown"
@@ -201,7 +203,7 @@ class Ledger:
         if engine is None:
             return Taken.UNKNOWN_ENGINE
         taken = self._add_step(engine, record, now_ns)
-        return _counted(engine, taken)
+        return _counted(engine, taken, now_ns)
 
     def _add_step(self, engine: Engine, record: StepRecord, now_ns: int) -> Taken:
         if record.end_ns > now_ns + FUTURE_NS:
@@ -271,7 +273,7 @@ class Ledger:
         engine = self._engine_of(record)
         if engine is None:
             return Taken.UNKNOWN_ENGINE
-        return _counted(engine, self._add_request(engine, record, now_ns))
+        return _counted(engine, self._add_request(engine, record, now_ns), now_ns)
 
     def _engine_of(self, record: RequestRecord) -> Engine | None:
         if record.engine_id is not None:
@@ -506,13 +508,10 @@ class Ledger:
         plans = [engine.plan(until_ns, self._table) for engine in due]
         edges = _edges([plan.edges() for plan in plans], [self._views[uuid] for uuid in uuids], from_ns, until_ns)
         middle = (edges[:-1] + edges[1:]) // 2
-        busy = {
-            uuid: None if view.busy is None else view.busy.at(middle)
-            for uuid, view in self._views.items()
-            if uuid in uuids
-        }
         seen = [
-            engine.see(plan, edges, _any_busy([busy[uuid] for uuid in self._devices_of(engine.record)]))
+            engine.see(
+                plan, edges, _any_busy([self._views[uuid].busy for uuid in self._devices_of(engine.record)], middle)
+            )
             for engine, plan in zip(due, plans, strict=True)
         ]
         joules = [np.zeros(len(middle)) for _ in due]
@@ -525,9 +524,12 @@ class Ledger:
             )
             for at in owners:
                 slacks[at] = max(slacks[at], slack(self._views[uuid], plans[at].from_ns, until_ns))
-            self._book_rest(uuid, left, busy[uuid], edges, [due[at] for at in owners])
+            worked = self._worked(uuid, edges, [due[at] for at in owners], [seen[at].active for at in owners])
+            self._book_rest(uuid, left, worked, edges, [due[at] for at in owners])
         for engine, plan, sight, energy, off in zip(due, plans, seen, joules, slacks, strict=True):
             engine.busy_joules += float(energy.sum())
+            if sight.active.any():
+                engine.last_active_ns = int(edges[1:][sight.active][-1])
             engine.distribute(plan, sight, edges, energy, slack=off, table=self._table)
             waited = (self._table.engine == engine.number) & (self._table.first_token_ns >= NEVER)
             waited &= self._table.start_ns < until_ns
@@ -551,7 +553,7 @@ class Ledger:
         """Add each engine's part of a device's energy (by slice) to `joules`; return what is left.
 
         Where one engine is active it gets the slice. Where several are, they share by SM time. An engine that has SM
-        time but no request in the whole pass keeps its part, as unattributed: nobody else's requests used it.
+        time but has told nothing for minutes keeps its part, as unattributed: nobody else's requests used it.
         """
         if not engines:
             return used
@@ -568,7 +570,7 @@ class Ledger:
         actives = [sight.active for sight in seen]
         weights = [
             np.where(active, shares.get(engine.engine_id) or usual, 0.0)
-            if active.any()
+            if active.any() or self._tells(engine)
             else np.full(len(used), shares.get(engine.engine_id, 0.0))
             for engine, active in zip(engines, actives, strict=True)
         ]
@@ -581,7 +583,7 @@ class Ledger:
             joules[at][:] += taken
             given += taken
             _note(engine, uuid, float(taken.sum()))
-            if not active.any():
+            if not active.any() and not self._tells(engine):
                 silent = float((weight * scale).sum())
                 engine.busy_joules += silent
                 engine.lost_joules += silent
@@ -589,11 +591,15 @@ class Ledger:
                 given += weight * scale
         return np.maximum(used - given, 0.0)
 
-    def _book_rest(
-        self, uuid: str, left: Float64s, busy: Bools | None, edges: Int64s, engines: Sequence[Engine]
-    ) -> None:
+    def _worked(self, uuid: str, edges: Int64s, engines: Sequence[Engine], actives: Sequence[Bools]) -> Bools:
+        """Return the slices in which the device worked for nobody that is known."""
+        track = self._views[uuid].busy
+        if track is None:
+            return np.zeros(len(edges) - 1, np.bool_)
+        return _unexplained(track, edges, actives, max((engine.last_active_ns for engine in engines), default=0))
+
+    def _book_rest(self, uuid: str, left: Float64s, worked: Bools, edges: Int64s, engines: Sequence[Engine]) -> None:
         """Book energy of slices without request: work without owner, or idle."""
-        worked = np.zeros(len(left), np.bool_) if busy is None else busy
         work = float(left[worked].sum())
         if len(engines) == 1 and work > 0:
             engine = engines[0]
@@ -855,7 +861,7 @@ class Ledger:
         decoding_ns = min(end_ns, self._now_ns) - max(first_ns, engine.settled_ns)
         decode = engine.sequence_watts * max(0, decoding_ns) / 1e9
         prefill = 0.0
-        if first_ns > engine.settled_ns and values["prefill_marginal"] + values["prefill_fixed"] == 0:
+        if first_ns > engine.settled_ns and measured == 0:
             tokens = float(table.tokens[inference.slot])
             prefill = engine.token_joules * (engine.typical_prompt if np.isnan(tokens) else tokens)
         # The estimate's parts by the law's proportion in a typical batch are not known: it counts as marginal.
@@ -1063,9 +1069,10 @@ def _is_end(record: RequestRecord) -> bool:
     return record.end_ns is not None or record.status not in (None, Status.RUNNING)
 
 
-def _counted(engine: Engine, taken: Taken) -> Taken:
+def _counted(engine: Engine, taken: Taken, now_ns: int) -> Taken:
     if taken is Taken.ACCEPTED:
         engine.accepted += 1
+        engine.told_ns = now_ns
     elif taken is not Taken.DUPLICATE:
         engine.dropped += 1
     return taken
@@ -1087,13 +1094,24 @@ def _edges(plans: Sequence[Int64s], views: Sequence[DeviceView], from_ns: int, u
     return edges
 
 
-def _any_busy(flags: Sequence[Bools | None]) -> Bools | None:
-    """Return where any device worked; None when one of them cannot tell."""
-    known = [flag for flag in flags if flag is not None]
-    if not known or len(known) < len(flags):
+def _any_busy(tracks: Sequence[BusyTrack | None], times_ns: Int64s) -> Bools | None:
+    """Return where any device may have worked; None when one of them cannot tell."""
+    known = [track.around(times_ns) for track in tracks if track is not None]
+    if not known or len(known) < len(tracks):
         return None
     worked: Bools = np.any(known, axis=0)
     return worked
+
+
+def _unexplained(track: BusyTrack, edges: Int64s, actives: Sequence[Bools], last_active_ns: int) -> Bools:
+    """Return the slices in which a device worked too far from any request's activity to have been its blur."""
+    middle = (edges[:-1] + edges[1:]) // 2
+    worked = track.at(middle)
+    active = np.any(actives, axis=0) if actives else np.zeros(len(middle), np.bool_)
+    before = np.maximum.accumulate(np.where(active, edges[1:], last_active_ns))
+    after = np.minimum.accumulate(np.where(active, edges[:-1], NEVER)[::-1])[::-1]
+    alone: Bools = worked & (middle - before > track.blur_ns) & (after - middle > track.blur_ns)
+    return alone
 
 
 def _note(engine: Engine, uuid: str, joules: float) -> None:

@@ -54,11 +54,13 @@ class RecordKind(StrEnum):
     REQUEST = "request"
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record"):
+# Without gc: nothing in them can refer back to them, and a collector that walks through every record that is held
+# stops the process for tens of milliseconds.
+class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record", gc=False):
     pass
 
 
-class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     pass
 
 

@@ -67,7 +67,12 @@ class Account(Protocol[Devices_contra, State_co]):
 
 
 class LedgerService(Generic[Devices, State]):
-    """Owns a ledger on the event loop; everybody else sees its answers."""
+    """Owns a ledger; everybody else sees its answers.
+
+    Records are booked on the event loop. Settling and dumping take tens of milliseconds when thousands of requests are
+    in flight, so they happen in a thread, and the ledger's lock keeps booking and pricing away meanwhile: records
+    gather in the inbox, and nobody on the loop waits for the ledger but those who ask it.
+    """
 
     def __init__(
         self,
@@ -87,9 +92,13 @@ class LedgerService(Generic[Devices, State]):
         self._settle_seconds = settle_seconds
         self._snapshot = ledger.snapshot()
         self._settled = asyncio.Event()
+        self._ledger_lock = asyncio.Lock()
         self._ended: dict[tuple[str, str | None], None] = {}
         self._failing: set[str] = set()
         self._saving: asyncio.Task[None] | None = None
+        self._saving_since = 0.0
+        self._round = self._shown = 0
+        self._turn_ends = 0.0
 
     @property
     def snapshot(self) -> LedgerSnapshot:
@@ -102,32 +111,26 @@ class LedgerService(Generic[Devices, State]):
 
     async def run(self) -> None:
         """Book and settle until cancelled; then book what is left, settle and save a last time."""
-        booking = asyncio.create_task(self._book_for_ever())
+        due = time.monotonic()
         try:
-            due = time.monotonic()
-            while not booking.done():
+            while True:
                 await self._settle_and_show()
                 # After a long pause (a suspended machine) once is enough.
                 due = max(due + self._settle_seconds, time.monotonic())
-                await asyncio.sleep(due - time.monotonic())
-            booking.result()
+                await self._book_until(due)
         finally:
-            booking.cancel()
-            await asyncio.wait({booking})
-            if self._saving is not None:
-                await asyncio.wait({self._saving}, timeout=SAVE_SECONDS)
-            self._finish()
+            await self._finish()
 
     async def price(
         self, request_id: str, engine_id: str | None = None, wait_seconds: float = 0.0
     ) -> RequestEnergy | None:
         """Return what a request used; waits up to `wait_seconds` for it to be final. None when it is unknown."""
         deadline = time.monotonic() + wait_seconds
-        energy = self._ledger.price(request_id, engine_id)
+        energy = await self._price(request_id, engine_id)
         if energy is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._inbox.drained(), UNKNOWN_SECONDS)
-            energy = self._ledger.price(request_id, engine_id)
+            energy = await self._price(request_id, engine_id)
         while energy is None or not energy.final:
             rest = deadline - time.monotonic()
             if rest <= 0:
@@ -136,37 +139,48 @@ class LedgerService(Generic[Devices, State]):
                 await asyncio.wait_for(self._settled.wait(), rest)
             except TimeoutError:
                 break
-            energy = self._ledger.price(request_id, engine_id)
+            energy = await self._price(request_id, engine_id)
         return energy
 
-    def recent(self, limit: int) -> list[RequestEnergy]:
+    async def recent(self, limit: int) -> list[RequestEnergy]:
         """Return the final answers about the requests that ended last, the newest first."""
         found: list[RequestEnergy] = []
-        for request_id, engine_id in reversed(self._ended):
-            if len(found) >= limit:
-                break
-            energy = self._ledger.price(request_id, engine_id)
-            if energy is not None and energy.final:
-                found.append(energy)
+        async with self._ledger_lock:
+            for request_id, engine_id in reversed(self._ended):
+                if len(found) >= limit:
+                    break
+                energy = self._ledger.price(request_id, engine_id)
+                if energy is not None and energy.final:
+                    found.append(energy)
         return found
 
-    async def _book_for_ever(self) -> None:
-        turn_ends = time.perf_counter() + TURN_SECONDS
-        while True:
-            await self._inbox.filled()
-            batch = self._inbox.take()
-            if batch is None:
-                continue
-            records = self._booked(batch)
+    async def _price(self, request_id: str, engine_id: str | None) -> RequestEnergy | None:
+        async with self._ledger_lock:
+            return self._ledger.price(request_id, engine_id)
+
+    async def _book_until(self, due: float) -> None:
+        """Book what comes in until a time of the monotonic clock."""
+        while (rest := due - time.monotonic()) > 0:
             try:
-                for _ in records:
-                    if time.perf_counter() > turn_ends:
-                        await asyncio.sleep(0)
-                        turn_ends = time.perf_counter() + TURN_SECONDS
-            finally:
-                # When cancelled in the middle, the rest of what was taken out is booked all the same.
-                for _ in records:
-                    pass
+                async with asyncio.timeout(rest):
+                    await self._inbox.filled()
+            except TimeoutError:
+                return
+            batch = self._inbox.take()
+            if batch is not None:
+                await self._book_in_turns(batch)
+
+    async def _book_in_turns(self, batch: Batch) -> None:
+        steps = self._booked(batch)
+        try:
+            for _ in steps:
+                if time.perf_counter() > self._turn_ends:
+                    await asyncio.sleep(0)
+                    self._turn_ends = time.perf_counter() + TURN_SECONDS
+        finally:
+            # When cancelled in the middle, the rest of what was taken out is booked all the same.
+            for _ in steps:
+                pass
 
     def _booked(self, batch: Batch) -> Iterator[None]:
         """Book a batch, some records for each step of the iterator."""
@@ -222,39 +236,65 @@ class LedgerService(Generic[Devices, State]):
         )
 
     async def _settle_and_show(self) -> None:
-        snapshot = self._settle()
-        if self._journal is not None and (self._saving is None or self._saving.done()):
-            self._saving = asyncio.create_task(asyncio.to_thread(self._journal.write, self._ledger.dump()))
-            await asyncio.wait({self._saving}, timeout=SAVE_SECONDS)
-            if self._saving.done() and self._saving.exception() is not None:
-                self._complain(
-                    "the account could not be saved; please report this", "journal", self._saving.exception()
-                )
-        self._show(snapshot)
+        """Settle; show the account once it is saved, or when saving it takes too long."""
+        journal, now = self._journal, time.monotonic()
+        is_saving = self._saving is not None and not self._saving.done()
+        snapshot, state = await self._settled_in_thread(dump=journal is not None and not is_saving)
+        self._round += 1
+        if journal is not None and state is not None:
+            self._saving_since = now
+            self._saving = asyncio.create_task(self._save_and_show(journal, state, snapshot, self._round))
+        elif not is_saving or now - self._saving_since > SAVE_SECONDS:
+            self._show(snapshot, self._round)
 
-    def _settle(self) -> LedgerSnapshot:
+    async def _settled_in_thread(self, dump: bool) -> tuple[LedgerSnapshot, State | None]:
+        async with self._ledger_lock:
+            settling = asyncio.get_running_loop().run_in_executor(None, self._settle, dump)
+            try:
+                await asyncio.wait({settling})
+            except asyncio.CancelledError:
+                # The ledger is the thread's until it is done with it.
+                await asyncio.wait({settling})
+                raise
+            return settling.result()
+
+    def _settle(self, dump: bool) -> tuple[LedgerSnapshot, State | None]:
+        """Settle and return the account, and all that a restart needs; the last account when that fails."""
         now_ns = self._clock.now_ns()
         try:
             self._ledger.settle(self._devices(), now_ns)
             self._ledger.expire(now_ns)
-            return self._ledger.snapshot()
+            return self._ledger.snapshot(), self._ledger.dump() if dump else None
         except Exception:
             self._complain("the account could not be settled; please report this", "settle")
-            return self._snapshot
+            return self._snapshot, None
 
-    def _show(self, snapshot: LedgerSnapshot) -> None:
+    async def _save_and_show(
+        self, journal: Journal[State], state: State, snapshot: LedgerSnapshot, number: int
+    ) -> None:
+        try:
+            await asyncio.to_thread(journal.write, state)
+        except Exception:
+            self._complain("the account could not be saved; please report this", "journal")
+        self._show(snapshot, number)
+
+    def _show(self, snapshot: LedgerSnapshot, number: int) -> None:
+        if number < self._shown:  # A disk that hung let go of an old one.
+            return
+        self._shown = number
         self._snapshot = snapshot
         self._settled.set()
         self._settled = asyncio.Event()
 
-    def _finish(self) -> None:
+    async def _finish(self) -> None:
         while (batch := self._inbox.take()) is not None:
             for _ in self._booked(batch):
                 pass
-        snapshot = self._settle()
-        if self._journal is not None and (self._saving is None or self._saving.done()):
-            self._journal.write(self._ledger.dump())
-        self._show(snapshot)
+        if self._saving is not None:
+            await asyncio.wait({self._saving}, timeout=SAVE_SECONDS)
+        await self._settle_and_show()
+        if self._saving is not None:
+            await asyncio.wait({self._saving}, timeout=SAVE_SECONDS)
 
     def _complain(self, sentence: str, about: str, failure: BaseException | None = None) -> None:
         """Log a fault of our own with its traceback, once for each thing that it is about."""

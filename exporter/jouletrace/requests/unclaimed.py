@@ -121,6 +121,11 @@ class Unclaimed:
             return nothing
         rows = {name: column[low:high] for name, column in self._columns.items()}
         decode_first, decode_last, prompt_first, prompt_last = spans - low
+        tokens = _curve(rows["tokens"])
+        # First come, first served: a prompt's tokens are the last ones computed before its first token.
+        wanted = np.maximum(prompt_tokens, 1.0)
+        newest = np.searchsorted(tokens, tokens[prompt_last] - wanted, side="right") - 1
+        prompt_first = np.where(tokens[prompt_last] > 0, np.maximum(prompt_first, newest), prompt_first)
         decoding = _overlaps(decode_first, decode_last, high - low)
         prompting = _overlaps(prompt_first, prompt_last, high - low)
         _open(rows, decoding + prompting, law)
@@ -133,13 +138,12 @@ class Unclaimed:
         marginal = _curve(rows["decode_marginal_each"] * given)
         prompt_fixed = _curve(np.where(shared, rows["decode_fixed_each"] * given, 0.0))
         prompt_marginal = _curve(np.where(shared, rows["decode_marginal_each"] * given, 0.0))
-        tokens = _curve(rows["tokens"])
         passed = tokens[prompt_last] - tokens[prompt_first]
-        rate = np.divide(prompt_tokens, passed, out=np.zeros(count), where=passed > 0)
-        wanted = rows["tokens"] * _overlaps(prompt_first, prompt_last, high - low, rate)
+        rate = np.divide(wanted, passed, out=np.zeros(count), where=passed > 0)
+        asked = rows["tokens"] * _overlaps(prompt_first, prompt_last, high - low, rate)
         left = rows["tokens"] - rows["tokens_claimed"]
-        given = np.clip(np.divide(left, wanted, out=np.zeros(high - low), where=wanted > 0), 0.0, 1.0)
-        rows["tokens_claimed"] += given * wanted
+        given = np.clip(np.divide(left, asked, out=np.zeros(high - low), where=asked > 0), 0.0, 1.0)
+        rows["tokens_claimed"] += given * asked
         token_fixed = _curve(rows["tokens"] * rows["token_fixed_each"] * given)
         token_marginal = _curve(rows["tokens"] * rows["token_marginal_each"] * given)
 

@@ -66,7 +66,7 @@ class _Window:
             self.covered_ns += energy.covered_ns
 
 
-def analyze(recording: Recording, *, fidelity: Fidelity = Fidelity.STEPS) -> dict[str, Any]:
+def analyze(recording: Recording, *, fidelity: Fidelity = Fidelity.STEPS, law: Law | None = None) -> dict[str, Any]:
     """Return the energy of a recording, of each of its phases and of each of its requests, ready for JSON.
 
     Keys: `format`, `gpu`, `energy_joules` and `counter_joules` (both from the first to the last counter row
@@ -74,7 +74,7 @@ def analyze(recording: Recording, *, fidelity: Fidelity = Fidelity.STEPS) -> dic
     (name, labels, start_ns, end_ns, energy_joules, low, high, average_watts), `requests` (id, tenant,
     energy_joules, low, high, prefill_joules, decode_joules, method), `ledger` (attributed_joules, idle_joules by
     bare and parked, unattributed_joules, device_joules = `energy_joules`, residual_joules) and `warnings`, sentences.
-    With boundaries alone requests are split by a law fitted to the recording's own steady phases, if it has any.
+    Requests are split by `law`, or else by the one fitted to the recording's own steady phases, if it has any.
     Raises RecordingError when the recording holds neither power nor energy, or an event that makes no sense.
     """
     info = device_info(recording)
@@ -87,7 +87,7 @@ def analyze(recording: Recording, *, fidelity: Fidelity = Fidelity.STEPS) -> dic
     counted = counter.between(first_ns, last_ns)
     whole = _Window(int(counted.t_ns[0]), int(counted.t_ns[-1])) if counted else _Window(first_ns, last_ns)
     windows = [_Window(phase.start_ns, phase.end_ns) for phase in phases]
-    law = _own_law(recording, fidelity)
+    law = law or _own_law(recording, fidelity)
     account = Account(recording, info, fidelity=fidelity, law=law, start_ns=whole.start_ns, end_ns=whole.end_ns)
     meter = _meter(recording, source, info)
     _run(meter, recording, [whole, *windows], account)

@@ -47,7 +47,7 @@ class Answers(Protocol):
     def events(self) -> Events:
         """Return the counts of records."""
 
-    def recent(self, limit: int) -> list[RequestEnergy]:
+    async def recent(self, limit: int) -> list[RequestEnergy]:
         """Return the requests that were settled last."""
 
     async def price(
@@ -243,7 +243,9 @@ class Api:
         except TimeoutError:
             return _problem(408, f"The body did not come within {self._body_seconds:g} s; send it at once.")
         except zlib.error:
-            return _problem(400, "The body cannot be unpacked: it is damaged or not gzip, as its Content-Encoding says.")
+            return _problem(
+                400, "The body cannot be unpacked: it is damaged or not gzip, as its Content-Encoding says."
+            )
         finally:
             self._receiving_bytes -= size
         return b"".join(parts)
@@ -277,7 +279,7 @@ class Api:
             limit = 0
         if not 1 <= limit <= MAX_LISTED:
             return _problem(400, f"limit: is not a number from 1 to {MAX_LISTED}.")
-        return _json({"requests": [self._energy(energy) for energy in self._answers.recent(limit)]})
+        return _json({"requests": [self._energy(energy) for energy in await self._answers.recent(limit)]})
 
     async def _get_ledger(self, _: web.Request) -> web.StreamResponse:
         return _json(ledger_document(self._answers.snapshot, self._answers.events(), self._clock))
