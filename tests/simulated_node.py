@@ -56,6 +56,11 @@ class SimulatedNode:
         self.source = NvmlSource(self.clock)
         self.sampler: Sampler
 
+    def use_real_time(self) -> None:
+        """Run on the machine's clock; before anything is opened."""
+        self.shim.use_real_time()
+        self.source = NvmlSource()
+
     def open(self) -> list[NvmlDevice]:
         """Open the driver without a sampler."""
         devices = self.source.open()

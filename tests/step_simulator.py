@@ -138,7 +138,7 @@ class Simulator:
         while (t := t + rng.expovariate(self.rate)) < self.seconds:
             tokens, output = rng.choice(self.prompts), rng.choice(self.outputs)
             cached = tokens * 3 // 4 if rng.random() < self.cached_part else 0
-            cancel = rng.randrange(1, output) if rng.random() < self.cancelled_part else None
+            cancel = rng.randrange(1, output) if output > 1 and rng.random() < self.cancelled_part else None
             name = f"{self.prefix}{len(jobs)}"
             jobs.append(Job(name, START_NS + round(t * S), tokens, cached, output, rng.choice(self.tenants), cancel))
         return jobs

@@ -14,6 +14,7 @@ from jouletrace.gpu.readings import Device, DriverMismatchError, GpuError, NoDri
 from jouletrace.gpu.sampler import DriverLostError, Intervals, Sampler
 from jouletrace.metrics.exporter import node_registry
 from jouletrace.state import StateDirectory
+from jouletrace.trace.recording import RecordingError
 from jouletrace.web.application import application
 from jouletrace.web.health import Readiness, readiness
 from jouletrace.web.serve import WebServer
@@ -95,7 +96,7 @@ def exit_code(failure: BaseException) -> int:
             return EXIT_DRIVER_LOST
         case NoDriverError() | GpuError():
             return EXIT_NO_GPU
-        case DeviceChoiceError():
+        case DeviceChoiceError() | RecordingError():
             return EXIT_USAGE
         case _:
             return 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jouletrace.clock import Clock
 from jouletrace.energy.meter import EnergySource
 from jouletrace.gpu.capabilities import Capabilities, advice, probe
 from jouletrace.gpu.readings import Device, GpuError, Sensor, Source, UnsupportedError
@@ -47,12 +48,14 @@ class Examination:
 def examine(source: Source, devices: Sequence[Device]) -> list[Examination]:
     """Try everything on every device; takes about two seconds. Raises DriverMismatchError, DriverGoneError."""
     found = probe(devices, source.clock, threading.Event())
-    return [_examine_one(device, capabilities) for device, capabilities in zip(devices, found, strict=True)]
+    return [
+        _examine_one(device, capabilities, source.clock) for device, capabilities in zip(devices, found, strict=True)
+    ]
 
 
-def _examine_one(device: Device, capabilities: Capabilities) -> Examination:
+def _examine_one(device: Device, capabilities: Capabilities, clock: Clock) -> Examination:
     tiers = {
-        "activity": _activity(device),
+        "activity": _activity(device, clock),
         "state": _tier(device.state, _state_parts),
         "health": _tier(device.health, _health_parts),
     }
@@ -72,11 +75,11 @@ def _tier(read: Callable[[], Any], parts: Callable[[Any], Sequence[str]]) -> Tie
     return Tier(works=True, milliseconds=statistics.median(costs), provides=parts(reading))
 
 
-def _activity(device: Device) -> Tier:
+def _activity(device: Device, clock: Clock) -> Tier:
     """Read GPM a few times; a first pair or a NaN may give nothing yet."""
     try:
         for _ in range(ACTIVITY_TRIES):
-            time.sleep(ACTIVITY_SECONDS)
+            clock.wait(clock.now_ns() + int(ACTIVITY_SECONDS * 1e9), threading.Event())
             started = time.perf_counter()
             reading = device.activity()
             cost = (time.perf_counter() - started) * 1e3

@@ -147,6 +147,12 @@ def test_a_driver_that_cannot_be_used_at_start(
         assert words in daemon.events()[-1]["event"]
 
 
+def test_a_driver_without_a_gpu(library: Path, tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, variables=simulated(library, tmp_path, Scenario(()))) as daemon:
+        assert daemon.ends() == 3
+        assert "the NVIDIA driver is there but shows no GPU" in daemon.events()[-1]["event"]
+
+
 def test_no_driver_at_all(library: Path, tmp_path: Path) -> None:
     variables = simulated(library, tmp_path, Scenario([Device()]))
     # The library refuses without its scenario, as a driver that is not there.

@@ -360,8 +360,8 @@ nvmlReturn_t gate_enter(enum call_id call, struct visit *visit) {
   return gate_is_initialised() ? enter(call, NULL, NULL, 0, visit) : NVML_ERROR_UNINITIALIZED;
 }
 
-nvmlReturn_t gate_enter_gpu(enum call_id call, struct device *device, struct visit *visit) {
-  return gate_is_initialised() ? enter(call, device, NULL, 0, visit) : NVML_ERROR_UNINITIALIZED;
+nvmlReturn_t gate_enter_gpu(enum call_id call, struct device *device, double extra_us, struct visit *visit) {
+  return gate_is_initialised() ? enter(call, device, NULL, extra_us, visit) : NVML_ERROR_UNINITIALIZED;
 }
 
 nvmlReturn_t gate_enter_device(enum call_id call, nvmlDevice_t handle, double extra_us, struct visit *visit) {
@@ -388,7 +388,7 @@ static struct nvml_handle *living_handle(struct device *device) {
 
 nvmlReturn_t gate_enter_lookup(enum call_id call, struct device *device, nvmlDevice_t *handle) {
   struct visit visit;
-  nvmlReturn_t code = gate_enter_gpu(call, device, &visit);
+  nvmlReturn_t code = gate_enter_gpu(call, device, 0, &visit);
   if (code != NVML_SUCCESS)
     return code;
   pthread_mutex_lock(&mutex);

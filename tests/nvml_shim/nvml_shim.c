@@ -882,7 +882,11 @@ SHIM_EXPORT nvmlReturn_t nvmlGpmMetricsGet(nvmlGpmMetricsGet_t *get) {
   if (first == NULL || second == NULL || first->device == NULL || first->device != second->device)
     return NVML_ERROR_INVALID_ARGUMENT;
   struct visit visit;
-  nvmlReturn_t code = gate_enter_gpu(CALL_nvmlGpmMetricsGet, first->device, &visit);
+  double extra_us = 0;
+  for (unsigned i = 0; i < get->numMetrics && i < GPM_METRIC_MAX; i++)
+    if (get->metrics[i].metricId == GPM_GRAPHICS_UTIL)
+      extra_us = scenario.graphics_latency_us;
+  nvmlReturn_t code = gate_enter_gpu(CALL_nvmlGpmMetricsGet, first->device, extra_us, &visit);
   if (code != NVML_SUCCESS)
     return code;
   if (get->version != GPM_VERSION)

@@ -199,6 +199,7 @@ struct scenario {
   atomic_int event_count;
   struct latency latency[CALL_COUNT];
   double field_latency_us[MAX_FIELD_ID]; /* added to a batch that holds the field */
+  double graphics_latency_us;            /* added when GPM's GRAPHICS_UTIL is computed */
 };
 
 extern struct scenario scenario;
@@ -266,7 +267,7 @@ struct visit {
 nvmlReturn_t gate_enter(enum call_id call, struct visit *visit);
 nvmlReturn_t gate_enter_device(enum call_id call, nvmlDevice_t handle, double extra_us, struct visit *visit);
 /* For a call that knows its GPU from something other than a handle. */
-nvmlReturn_t gate_enter_gpu(enum call_id call, struct device *device, struct visit *visit);
+nvmlReturn_t gate_enter_gpu(enum call_id call, struct device *device, double extra_us, struct visit *visit);
 /* A handle lookup: gives out a fresh handle when the GPU was lost since the last one. */
 nvmlReturn_t gate_enter_lookup(enum call_id call, struct device *device, nvmlDevice_t *handle);
 /* A call whose latency is up to the caller: pays what the scenario says it costs. */

@@ -59,7 +59,7 @@ def emptied(inbox: Inbox) -> list[Record]:
 async def arrived(inbox: Inbox, origin: str, count: int) -> None:
     """Wait until so many records have come in, dropped ones included."""
     async with asyncio.timeout(10):
-        while inbox.events().received.get(origin, 0) < count:
+        while inbox.events().received.get(origin, 0) < count:  # noqa: ASYNC110 - from outside, as it is
             await asyncio.sleep(0.005)
 
 
@@ -184,7 +184,10 @@ async def test_no_more_connections_than_allowed(tmp_path: Path, monkeypatch: pyt
 
 async def test_an_engine_is_the_process_that_says_so(tmp_path: Path) -> None:
     inbox = Inbox()
-    text = 'import socket,sys; s=socket.socket(socket.AF_UNIX,int(sys.argv[2])); s.connect(sys.argv[1]); s.send(b\'{"record":"engine","engine_id":"e"}\\n\')'
+    text = (
+        "import socket,sys; s=socket.socket(socket.AF_UNIX,int(sys.argv[2])); s.connect(sys.argv[1]);"
+        's.send(b\'{"record":"engine","engine_id":"e"}\\n\')'
+    )
     async with stream(tmp_path / "s", inbox), datagram(tmp_path / "d", inbox):
         pids = []
         for path, kind in (("s", socket.SOCK_STREAM), ("d", socket.SOCK_DGRAM)):

@@ -536,7 +536,7 @@ def test_levels_of_before_are_known_from_the_start(simulate: NodeFactory) -> Non
 def test_a_hang_stops_the_heartbeat_and_names_the_call(simulate: NodeFactory, tmp_path: Path) -> None:
     control = tmp_path / "control"
     node = simulate(Device(), Device(), control=control)
-    node.shim.use_real_time()
+    node.use_real_time()
     sampler = Sampler(node.source, Intervals(ring=0.1))
     sampler.start()
 

@@ -229,7 +229,8 @@ print(state.clock, flush=True)
 clock = state.clock
 while True:
     clock += 1
-    one.write(Account(clock, None, {("m", str(clock % 7)): clock / 2}, {str(n): Entry(clock) for n in range(clock % 9)}))
+    running = {str(n): Entry(clock) for n in range(clock % 9)}
+    one.write(Account(clock, None, {("m", str(clock % 7)): clock / 2}, running))
     # What is printed is what a scrape would have seen.
     sys.stdout.write(f"{clock}\\n")
     sys.stdout.flush()

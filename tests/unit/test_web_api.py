@@ -26,6 +26,8 @@ from jouletrace.web.application import errors
 from jouletrace.web.schema import records_schema
 from jouletrace.web.serve import WebServer
 
+WORD = "s3cret"
+
 
 def _bytes(body: bytes | str) -> bytes:
     return body.encode() if isinstance(body, str) else body
@@ -260,7 +262,7 @@ async def test_without_a_token_only_this_machine_is_answered(monkeypatch: pytest
 
 
 async def test_with_a_token_it_is_needed() -> None:
-    async with Rig(token="s3cret").running() as rig:
+    async with Rig(token=WORD).running() as rig:
         async with rig.session.get(rig.url + "/v1/ledger") as response:
             assert response.status == 401
             assert response.headers["WWW-Authenticate"] == 'Bearer realm="jouletrace"'
@@ -278,9 +280,9 @@ async def test_a_page_in_a_browser_is_not_a_client_on_this_machine() -> None:
 
 
 async def test_a_unix_socket_needs_no_token(tmp_path: Path) -> None:
-    rig = Rig(token="s3cret", drain=False)
+    rig = Rig(token=WORD, drain=False)
     app = web.Application()
-    app.add_routes(Api(rig.service, rig.inbox, clock=SystemClock(), token="s3cret").routes())
+    app.add_routes(Api(rig.service, rig.inbox, clock=SystemClock(), token=WORD).routes())
     runner = web.AppRunner(app)
     await runner.setup()
     await web.UnixSite(runner, str(tmp_path / "s")).start()

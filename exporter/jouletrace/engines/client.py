@@ -45,7 +45,7 @@ LONGEST_PAUSE_SECONDS = 5.0
 EXIT_SECONDS = 1.0
 """What the end of the program waits for records that are still queued."""
 
-_PATHS = {"engine": "/v1/engines", "step": "/v1/steps", "request": "/v1/requests"}
+_PATHS = {"engine": "/v1/engines", "request": "/v1/requests", "step": "/v1/steps"}
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -160,9 +160,12 @@ class Client:
         """Hand over a record of kind engine, step or request."""
         try:
             line = json.dumps({"record": kind, **record}, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+            if self._closing.is_set():
+                self._lost.add(1)
+                return
             if self._sender.send_now(line):
                 return
-            if self._queue.qsize() >= self._queue_records or self._closing.is_set():
+            if self._queue.qsize() >= self._queue_records:
                 self._lost.add(1)
                 return
             self._queue.put((kind, line))
@@ -183,7 +186,7 @@ class Client:
         """Deliver what is queued, as far as `timeout` seconds allow; what comes later is dropped."""
         self.flush(timeout)
         self._closing.set()
-        self._sender.close()
+        self._queue.put(threading.Event())  # Wakes the thread, so that it can end.
 
     def energy(self, request_id: str, engine_id: str | None = None, wait: float = 0.0) -> dict[str, Any] | None:
         """Return what jouletrace answers about a request, None when it does not; takes `wait` seconds and a bit.
@@ -219,10 +222,10 @@ class Client:
     def _start(self) -> None:
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._deliver_for_ever, name="jouletrace", daemon=True)
+                self._thread = threading.Thread(target=self._deliver_until_closed, name="jouletrace", daemon=True)
                 self._thread.start()
 
-    def _deliver_for_ever(self) -> None:
+    def _deliver_until_closed(self) -> None:
         waiting, lost, sender = self._queue, self._lost, self._sender
         while True:
             item = waiting.get()
@@ -240,12 +243,15 @@ class Client:
                 lost.add(self._deliver(sender, batch))
             if isinstance(item, threading.Event):
                 item.set()
+            if self._closing.is_set() and waiting.empty():
+                sender.close()
+                return
 
     def _deliver(self, sender: "_Sender", batch: Sequence[Line]) -> int:
         """Send until it arrives, or until the queue is so full that the oldest give way; return how many were lost."""
         lost = 0
         pause = 0.05
-        while batch:
+        while batch and not self._closing.is_set():
             wait = pause
             try:
                 batch, refused, wait = sender.send(batch)
@@ -257,8 +263,8 @@ class Client:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             except Exception:  # An answer that makes no sense, from something that is not jouletrace.
                 break
-            if batch and self._closing.wait(wait):
-                break
+            if batch:
+                self._closing.wait(wait)
         return lost + len(batch)
 
 
@@ -362,21 +368,19 @@ class _HttpSender(_Sender):
         self._open: http.client.HTTPConnection | None = None
 
     def send(self, batch: Sequence[Line]) -> tuple[Sequence[Line], int, float]:
-        # In order, so that an engine is known before its steps: a run of one kind, then the rest.
-        kind = batch[0][0]
-        lines: list[bytes] = []
+        # One POST a kind: an engine before its requests and steps, else in order.
+        kind = next(kind for kind in _PATHS if any(other == kind for other, _ in batch))
+        now: list[Line] = []
+        rest: list[Line] = []
         size = 0
-        for other, line in batch:
-            size += len(line)
-            if other != kind or (lines and size > BATCH_BYTES):
-                break
-            lines.append(line)
-        length = len(lines)
+        for item in batch:
+            size += len(item[1]) if item[0] == kind else 0
+            (now if item[0] == kind and (not now or size <= BATCH_BYTES) else rest).append(item)
         try:
             if self._open is None:
                 self._open = _connection(self._url, TIMEOUT_SECONDS)
             headers = _headers(self._token) | {"Content-Type": "application/x-ndjson"}
-            self._open.request("POST", _PATHS[kind], b"".join(lines), headers)
+            self._open.request("POST", _PATHS[kind], b"".join(line for _, line in now), headers)
             response = self._open.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException):
@@ -387,10 +391,10 @@ class _HttpSender(_Sender):
             answer = json.loads(content)
             taken = int(answer.get("resend_from", 1)) - 1
             refused = int(answer.get("dropped", {}).get("invalid", 0))
-            return batch[taken:], refused, wait
+            return [*now[taken:], *rest], refused, wait
         if response.status in (200, 400):
-            return batch[length:], int(sum(json.loads(content).get("dropped", {"all": length}).values())), 0.0
-        return batch[length:], length, 0.0
+            return rest, int(sum(json.loads(content).get("dropped", {"all": len(now)}).values())), 0.0
+        return rest, len(now), 0.0
 
     def close(self) -> None:
         if self._open is not None:

@@ -384,6 +384,8 @@ class ReplaySource:
     ) -> None:
         self.clock: Clock = clock or ReplayClock(speed)
         self.calls = CallStatistics()
+        self.course: Course | None = None
+        """How the recording lies on replay time; None until `open`."""
         self._path = path
         self._loop = loop
         self._closed = threading.Event()
@@ -393,7 +395,7 @@ class ReplaySource:
         """Read the recording and start it; raises RecordingError when the file cannot be replayed."""
         recording = _replayable(trace.read(self._path, _STREAMS))
         begin_ns, end_ns = _replayed_span(recording)
-        course = Course(begin_ns, end_ns, self.clock.now_ns(), self._loop)
+        self.course = course = Course(begin_ns, end_ns, self.clock.now_ns(), self._loop)
         info = trace.device_info(recording)
         self._make_device = partial(ReplayDevice, info, recording.streams, course, self.clock, self.calls)
         return [self._make_device()]

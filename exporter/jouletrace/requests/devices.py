@@ -72,6 +72,34 @@ class DeviceView:
     """SM-time share by engine id over the last reading, for a device that several engines share."""
 
 
+class HeldHistory:
+    """Whether processes held a device, by time: energy is settled seconds or minutes after it was used."""
+
+    def __init__(self) -> None:
+        self._until_ns: list[int] = []
+        self._held: list[bool | None] = []
+
+    def note(self, now_ns: int, held: bool | None, settled_ns: int) -> None:
+        """Remember what holds from the last note up to now; what lies before `settled_ns` is not needed any more."""
+        if self._held and self._held[-1] is held:
+            self._until_ns[-1] = max(now_ns, self._until_ns[-1])
+        else:
+            self._until_ns.append(max(now_ns, self._until_ns[-1] if self._until_ns else now_ns))
+            self._held.append(held)
+        while len(self._until_ns) > 1 and self._until_ns[0] < settled_ns:
+            del self._until_ns[0], self._held[0]
+
+    def at(self, times_ns: Int64s, *, unknown: bool) -> Bools:
+        """Return the answer at each time; `unknown` where nobody could tell."""
+        row = np.minimum(np.searchsorted(self._until_ns, times_ns), len(self._held) - 1)
+        found: Bools = np.array([unknown if held is None else held for held in self._held])[row]
+        return found
+
+    def changes(self) -> Int64s:
+        """Return the times at which the answer changes."""
+        return np.array(self._until_ns[:-1], np.int64)
+
+
 def brackets(view: DeviceView, times_ns: Int64s) -> Float64s:
     """Return by how much E(t) may be off at each time, joules: the distance to the farther end of t's segment.
 

@@ -333,12 +333,18 @@ class Engine:
         waiting = 0.0
         if other.any():
             before = self.unclaimed.joules
+            # Without its host gap: a request that arrived in the gap takes part in the step.
+            began = np.array([step.start_ns for step in steps], np.int64)
+            starts = np.maximum(began, plan.step_from_ns)
+            # A step that two passes share brings its tokens in two parts.
+            whole = np.maximum(np.array([step.end_ns for step in steps], np.int64) - began, 1)
+            part = np.clip((plan.step_until_ns - starts) / whole, 1e-6, 1.0)
             self.unclaimed.append_steps(
-                plan.step_from_ns[other],
+                starts[other],
                 plan.step_until_ns[other],
-                counted.of(other),
+                counted.of(other, part),
                 members.other_decodes[other],
-                members.other_prefill_tokens[other],
+                (members.other_prefill_tokens * part)[other],
             )
             waiting = self.unclaimed.joules - before
         table.decode_marginal[NOBODY] += float(by_step.sum()) - float(total.sum()) - float(empty.sum()) - waiting

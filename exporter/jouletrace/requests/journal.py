@@ -39,6 +39,14 @@ class _Header(msgspec.Struct, frozen=True):
     made_by: str = "jouletrace"
 
 
+class _Change(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of one field: a new whole, or entries of a dict, each key and value encoded by itself."""
+
+    whole: list[msgspec.Raw] = []  # One at most: an optional Raw could not hold a null.
+    put: list[tuple[msgspec.Raw, msgspec.Raw]] = []
+    removed: list[msgspec.Raw] = []
+
+
 class JournalError(Exception):
     """The journal cannot be kept; the message says why and what to do."""
 
@@ -55,7 +63,6 @@ class Journal(Generic[State]):
     """Keeps the newest state of one type.
 
     `State` is a struct; its fields that are dicts are written entry by entry as they change, all others as a whole.
-    States that have been given to `write` must not be changed afterwards.
     """
 
     def __init__(
@@ -71,7 +78,9 @@ class Journal(Generic[State]):
         self._file: int | None = None
         self._size = self._full_size = 0
         self._synced = time.monotonic()
-        self._last: State | None = None
+        # What is on the disk: by field the hash of each entry's (else of the whole field's) encoding. 16,384 requests
+        # in flight take 2 MB so, and 15 MB as they are.
+        self._marks: dict[str, dict[Any, int]] = {}
         self._warned = False
 
     def open(self) -> State | None:
@@ -97,16 +106,13 @@ class Journal(Generic[State]):
     def write(self, state: State) -> None:
         """Append what changed since the last call; a failure is logged once, and mended by the next success."""
         try:
-            last = self._last
-            if last is None or self._file is None:
+            changes = self._changes(state)
+            payload = msgspec.msgpack.encode(changes)
+            limit_bytes = max(self._limit_bytes, 2 * self._full_size)
+            if self._file is None or self._size + _FRAME.size + len(payload) > limit_bytes:
                 self._rotate(state)
-            elif changes := _changes(last, state):
-                payload = msgspec.msgpack.encode(changes)
-                if self._size + _FRAME.size + len(payload) > max(self._limit_bytes, 2 * self._full_size):
-                    self._rotate(state)
-                else:
-                    self._append(payload)
-            self._last = state
+            elif changes:
+                self._append(payload)
         except OSError as failure:
             # Half a frame may be on the disk, and what follows it would never be read.
             self._forget_file()
@@ -133,6 +139,31 @@ class Journal(Generic[State]):
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _changes(self, state: State) -> dict[str, _Change]:
+        """Return what is not on the disk yet, and take it for written."""
+        encode = msgspec.msgpack.Encoder().encode
+        found: dict[str, _Change] = {}
+        for name, kind in self._fields.items():
+            value = getattr(state, name)
+            is_dict = get_origin(kind) is dict
+            before, now = self._marks.get(name, {}), {}
+            put: list[tuple[msgspec.Raw, msgspec.Raw]] = []
+            whole: list[msgspec.Raw] = []
+            for key, entry in value.items() if is_dict else ((None, value),):
+                encoded = encode(entry)
+                now[key] = hash(encoded)
+                if before.get(key) == now[key]:
+                    continue
+                if is_dict:
+                    put.append((msgspec.Raw(encode(key)), msgspec.Raw(encoded)))
+                else:
+                    whole.append(msgspec.Raw(encoded))
+            removed = [msgspec.Raw(encode(key)) for key in before if key not in now]
+            if whole or put or removed:
+                found[name] = _Change(whole, put, removed)
+            self._marks[name] = now
+        return found
 
     def _forget_file(self) -> None:
         if self._file is not None:
@@ -217,39 +248,6 @@ class Journal(Generic[State]):
                 entries[msgspec.msgpack.decode(key, type=key_type)] = msgspec.msgpack.decode(value, type=value_type)
             ready[name] = entries
         values.update(ready)
-
-
-class _Change(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What became of one field: a new whole, or entries of a dict, each key and value encoded by itself."""
-
-    whole: list[msgspec.Raw] = []  # One at most: an optional Raw could not hold a null.
-    put: list[tuple[msgspec.Raw, msgspec.Raw]] = []
-    removed: list[msgspec.Raw] = []
-
-
-def _changes(last: State, now: State) -> dict[str, _Change]:
-    encode = msgspec.msgpack.Encoder().encode
-    found: dict[str, _Change] = {}
-    for field in msgspec.structs.fields(now):
-        old, new = getattr(last, field.name), getattr(now, field.name)
-        if old is new:
-            continue
-        if get_origin(field.type) is not dict:
-            if old != new:
-                found[field.name] = _Change(whole=[msgspec.Raw(encode(new))])
-            continue
-        put = [
-            (msgspec.Raw(encode(key)), msgspec.Raw(encode(value)))
-            for key, value in new.items()
-            if (before := old.get(key, _ABSENT)) is not value and before != value
-        ]
-        removed = [msgspec.Raw(encode(key)) for key in old if key not in new]
-        if put or removed:
-            found[field.name] = _Change(put=put, removed=removed)
-    return found
-
-
-_ABSENT: Final = object()
 
 
 def _write_frame(file: int, payload: bytes) -> int:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from jouletrace.energy.baseline import IdleKind
 from jouletrace.requests.account import LedgerSnapshot, Method, Phase, RequestEnergy, Taken
-from jouletrace.requests.devices import Bools, BusyTrack, DeviceView, brackets, slack
+from jouletrace.requests.devices import Bools, BusyTrack, DeviceView, HeldHistory, brackets, slack
 from jouletrace.requests.engine import UNCLAIMED_NS, Engine, Seen, Step
 from jouletrace.requests.histogram import JoulesHistogram
 from jouletrace.requests.inflight import JOULE_COLUMNS, NO_ACCOUNT, NOBODY, Inference, InFlight
@@ -164,6 +164,7 @@ class Ledger:
         self._accounts = Accounts(models=limits.models, tenants_per_model=limits.tenants_per_model)
         self._views: Mapping[str, DeviceView] = {}
         self._settled_ns: dict[str, int] = {}
+        self._held: dict[str, HeldHistory] = {}
         self._device_joules: dict[str, float] = {}
         self._idle: dict[tuple[str, str], float] = {}
         self._unattributed: dict[str, float] = {}
@@ -420,7 +421,8 @@ class Ledger:
         self._views = devices
         self._fade(now_ns)
         for uuid, view in devices.items():
-            self._settled_ns.setdefault(uuid, max(view.timeline.start_ns, self._start_ns))
+            settled_ns = self._settled_ns.setdefault(uuid, max(view.timeline.start_ns, self._start_ns))
+            self._held.setdefault(uuid, HeldHistory()).note(now_ns, view.held, settled_ns)
         for engines, uuids in self._groups(devices):
             self._settle_group(engines, uuids, now_ns, close_ns)
         self._charge()
@@ -506,7 +508,8 @@ class Ledger:
             # An engine's time begins with that of its devices; without energy there is nothing to hand out before.
             engine.settled_ns = max(engine.settled_ns, from_ns)
         plans = [engine.plan(until_ns, self._table) for engine in due]
-        edges = _edges([plan.edges() for plan in plans], [self._views[uuid] for uuid in uuids], from_ns, until_ns)
+        times = [*(plan.edges() for plan in plans), *(self._held[uuid].changes() for uuid in uuids)]
+        edges = _edges(times, [self._views[uuid] for uuid in uuids], from_ns, until_ns)
         middle = (edges[:-1] + edges[1:]) // 2
         seen = [
             engine.see(
@@ -591,6 +594,10 @@ class Ledger:
                 given += weight * scale
         return np.maximum(used - given, 0.0)
 
+    def _tells(self, engine: Engine) -> bool:
+        """Whether the engine's requests are known at present."""
+        return engine.told_ns > self._now_ns - SILENT_NS
+
     def _worked(self, uuid: str, edges: Int64s, engines: Sequence[Engine], actives: Sequence[Bools]) -> Bools:
         """Return the slices in which the device worked for nobody that is known."""
         track = self._views[uuid].busy
@@ -612,14 +619,14 @@ class Ledger:
             for engine in engines:
                 engine.busy_joules += work / len(engines)
                 engine.lost_joules += work / len(engines)
-        held = self._views[uuid].held
-        kind = IdleKind.PARKED if held or (held is None and engines) else IdleKind.BARE
-        idle = float(left[~worked].sum())
-        key = (uuid, kind.value)
-        self._idle[key] = self._idle.get(key, 0.0) + idle
-        if kind is IdleKind.PARKED:
-            for engine in engines:
-                self._accounts.spread_idle(engine.engine_id, idle / len(engines), self._nobody(engine))
+        held = self._held[uuid].at((edges[:-1] + edges[1:]) // 2, unknown=bool(engines))
+        for kind, chosen in ((IdleKind.PARKED, held & ~worked), (IdleKind.BARE, ~held & ~worked)):
+            idle = float(left[chosen].sum())
+            key = (uuid, kind.value)
+            self._idle[key] = self._idle.get(key, 0.0) + idle
+            if kind is IdleKind.PARKED:
+                for engine in engines:
+                    self._accounts.spread_idle(engine.engine_id, idle / len(engines), self._nobody(engine))
 
     def _nobody(self, engine: Engine) -> tuple[str, str]:
         """Return the model and tenant that bear idle energy of an engine that has served nobody yet."""
@@ -1086,9 +1093,9 @@ def _coverage(engine: Engine) -> float:
     return min(max(found, 0.0), 1.0) * kept
 
 
-def _edges(plans: Sequence[Int64s], views: Sequence[DeviceView], from_ns: int, until_ns: int) -> Int64s:
+def _edges(known: Sequence[Int64s], views: Sequence[DeviceView], from_ns: int, until_ns: int) -> Int64s:
     """Return all times at which something may change, sorted, from from_ns to until_ns."""
-    times = [np.array([from_ns, until_ns], np.int64), *plans]
+    times = [np.array([from_ns, until_ns], np.int64), *known]
     times += [view.busy.changes(from_ns, until_ns) for view in views if view.busy is not None]
     edges: Int64s = np.unique(np.clip(np.concatenate(times), from_ns, until_ns))
     return edges

@@ -73,13 +73,13 @@ class AnonymousShares:
     token_fixed_each: Float64s
     token_marginal_each: Float64s
 
-    def of(self, steps: Bools) -> "AnonymousShares":
-        """Return the shares of some of the steps."""
+    def of(self, steps: Bools, part: Float64s) -> "AnonymousShares":
+        """Return the shares of some of the steps, when only a part of each step's tokens shares what it used."""
         return AnonymousShares(
             self.decode_fixed_each[steps],
             self.decode_marginal_each[steps],
-            self.token_fixed_each[steps],
-            self.token_marginal_each[steps],
+            (self.token_fixed_each / part)[steps],
+            (self.token_marginal_each / part)[steps],
         )
 
 
