@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from tests.nvml_shim import Device, Scenario, build
 from tests.simulated_node import SimulatedNode, scenario_node
 
 NodeFactory = Callable[..., SimulatedNode]
+
+
+@pytest.fixture(autouse=True)
+def plain_logs() -> Iterator[None]:
+    """Undo what a command has configured: a level of one test must not hide the lines of the next."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

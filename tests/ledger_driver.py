@@ -2,22 +2,25 @@
 
 from collections.abc import Iterable, Mapping
 
+from jouletrace.energy.timeline import Timeline
+from jouletrace.requests.account import Taken
 from jouletrace.requests.devices import BusyTrack, DeviceView
 from jouletrace.requests.ledger import Ledger
 from jouletrace.requests.records import EngineRecord, RequestRecord, StepRecord
-from tests.step_simulator import S, START_NS
+from tests.step_simulator import START_NS, S
 
 Timed = tuple[int, EngineRecord | StepRecord | RequestRecord]
 
 
-def views(ledger_timelines: Mapping[str, object], busy: BusyTrack | None = None, **more: object) -> dict[str, DeviceView]:
+def views(
+    timelines: Mapping[str, Timeline], busy: BusyTrack | None = None, engine_shares: Mapping[str, float] | None = None
+) -> dict[str, DeviceView]:
     return {
-        uuid: DeviceView(timeline, held=True, busy=busy, **more)  # type: ignore[arg-type]
-        for uuid, timeline in ledger_timelines.items()
+        uuid: DeviceView(line, held=True, busy=busy, engine_shares=engine_shares) for uuid, line in timelines.items()
     }
 
 
-def tell(ledger: Ledger, record: EngineRecord | StepRecord | RequestRecord, now_ns: int):
+def tell(ledger: Ledger, record: EngineRecord | StepRecord | RequestRecord, now_ns: int) -> Taken:
     if isinstance(record, EngineRecord):
         return ledger.add_engine(record, now_ns)
     if isinstance(record, StepRecord):
@@ -32,7 +35,6 @@ def drive(
     until_ns: int,
     *,
     pass_ns: int = S,
-    after: object = None,
 ) -> None:
     """Tell the records at their times and settle each second; the timelines are complete from the beginning."""
     waiting = sorted(timed, key=lambda one: one[0])
@@ -44,8 +46,6 @@ def drive(
             tell(ledger, waiting[at][1], waiting[at][0])
             at += 1
         ledger.settle(devices, now_ns)
-        if callable(after):
-            after(ledger, now_ns)
 
 
 def residual(ledger: Ledger) -> float:

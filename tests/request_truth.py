@@ -4,7 +4,9 @@ Written apart from the ledger: each step's energy is read from the timeline and 
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ class Truth:
     window: dict[str, float]
 
 
-def energy_curve(recording: Recording):
+def energy_curve(recording: Recording) -> Callable[[int], float]:
     """E(t) of the daemon's timeline: what a step's energy is measured with (its own tests hold it to the counter)."""
     ring = recording.streams["power_ring_20ms"]
     meter = Meter(EnergySource.POWER_RING, limit_watts=700.0, architecture="", has_counter=False)
@@ -81,7 +83,9 @@ def truth(recording: Recording, grid: Grid | None = None) -> Truth:
     return Truth(joules, prefill, phase_of, token_share, _equal_time_share(starts, ends, energy), window)
 
 
-def _split_by_grid(event, used: float, grid: Grid, joules: dict[str, float], prefill: dict[str, float]) -> None:
+def _split_by_grid(
+    event: Mapping[str, Any], used: float, grid: Grid, joules: dict[str, float], prefill: dict[str, float]
+) -> None:
     a, c_p, c_d = grid
     part, members = event["prefill"], event["decode"]
     steps, tokens = event["steps"], part["tokens"] if part else 0
@@ -95,7 +99,7 @@ def _split_by_grid(event, used: float, grid: Grid, joules: dict[str, float], pre
         prefill[part["id"]] += mine
 
 
-def _equal_time_share(starts: dict[str, int], ends: dict[str, int], energy) -> dict[str, float]:
+def _equal_time_share(starts: dict[str, int], ends: dict[str, int], energy: Callable[[int], float]) -> dict[str, float]:
     """Share the energy between two events equally among the requests that have started and not ended."""
     times = sorted({*starts.values(), *ends.values()})
     curve = np.array([energy(t) for t in times])

@@ -1,4 +1,4 @@
-"""The command line: `jouletrace run`, `doctor`, `record`, `analyze`, `measure`, `check-config`.
+"""The command line: `jouletrace run`, `doctor`, `record`, `analyze`, `calibrate`, `measure`, `check-config`.
 
 Exit codes: 0 fine, 2 usage or configuration, 3 no GPU or driver, 4 lost the driver for good; `measure` ends with
 the command's own.
@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import msgspec
 
 import jouletrace
 from jouletrace import config as configuration
@@ -32,6 +34,7 @@ from jouletrace.daemon import (
     intervals,
     make_source,
 )
+from jouletrace.engines.sockets import SocketError
 from jouletrace.gpu.readings import Device, GpuError, NoDriverError, Source
 from jouletrace.gpu.sampler import DriverLostError, Sampler
 from jouletrace.trace.recording import RecordingError
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.command(options)
-    except (ConfigError, ListenError, RecordingError) as failure:
+    except (ConfigError, ListenError, RecordingError, SocketError) as failure:
         return _fail(failure, EXIT_USAGE)
     except _GPU_PROBLEMS as failure:
         return _fail(explanation(failure), exit_code(failure))
@@ -72,33 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = _command(commands, "run", _run, "run the daemon: sample the GPUs and serve metrics")
-    run.add_argument(
-        "--demo", action="store_true", help="replay the bundled recording of a real H200; needs no GPU"
-    )
+    run.add_argument("--demo", action="store_true", help="replay the bundled recording of a real H200; needs no GPU")
     run.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
 
-    doctor = _command(
-        commands, "doctor", _doctor, "show what this machine can measure, how well and at what cost"
-    )
+    doctor = _command(commands, "doctor", _doctor, "show what this machine can measure, how well and at what cost")
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
     record = _command(commands, "record", _record, "record what the GPUs say into a trace file")
-    record.add_argument(
-        "--output", "-o", type=Path, required=True, metavar="FILE", help="file to write (.json.gz)"
-    )
-    record.add_argument(
-        "--seconds", type=_positive, metavar="N", help="stop after N seconds (default: on Ctrl-C)"
-    )
+    record.add_argument("--output", "-o", type=Path, required=True, metavar="FILE", help="file to write (.json.gz)")
+    record.add_argument("--seconds", type=_positive, metavar="N", help="stop after N seconds (default: on Ctrl-C)")
 
-    measure = _command(
-        commands, "measure", _measure, "measure the energy of a command: measure -- CMD [ARG ...]"
-    )
-    measure.add_argument(
-        "--json", action="store_true", help="print JSON on standard error's place: to standard output"
-    )
-    measure.add_argument(
-        "argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments"
-    )
+    measure = _command(commands, "measure", _measure, "measure the energy of a command: measure -- CMD [ARG ...]")
+    measure.add_argument("--json", action="store_true", help="print JSON on standard error's place: to standard output")
+    measure.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command and its arguments")
 
     check = _command(commands, "check-config", _check_config, "check the configuration and exit")
     check.add_argument("--print-config", action="store_true", help="print the resulting configuration")
@@ -106,7 +95,19 @@ def _parser() -> argparse.ArgumentParser:
     analyze = commands.add_parser("analyze", help="energy of a recording, by phase", allow_abbrev=False)
     analyze.add_argument("recording", type=Path, metavar="FILE")
     analyze.add_argument("--json", action="store_true", help="print JSON")
+    analyze.add_argument(
+        "--fidelity",
+        choices=("steps", "boundaries"),
+        default="steps",
+        help="what requests are split by: the engine's steps (default), or their start, first token and end alone",
+    )
     analyze.set_defaults(command=_analyze)
+
+    calibrate = commands.add_parser(
+        "calibrate", help="fit the step-energy law to a recording's steady phases or steps", allow_abbrev=False
+    )
+    calibrate.add_argument("recording", type=Path, metavar="FILE")
+    calibrate.set_defaults(command=_calibrate)
     return parser
 
 
@@ -115,9 +116,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     """Add a command that takes the configuration's file and flags."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-    parser.add_argument(
-        "--config.file", dest="config_file", type=Path, metavar="FILE", help="YAML configuration"
-    )
+    parser.add_argument("--config.file", dest="config_file", type=Path, metavar="FILE", help="YAML configuration")
     configuration.add_flags(parser)
     parser.set_defaults(command=call)
     return parser
@@ -196,13 +195,33 @@ def _record(options: argparse.Namespace) -> int:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    from jouletrace.trace import analyze, recording  # noqa: PLC0415
+    from jouletrace.trace import analyze, events, recording  # noqa: PLC0415
 
-    result = analyze.analyze(recording.read(options.recording))
+    result = analyze.analyze(recording.read(options.recording), fidelity=events.Fidelity(options.fidelity))
     if options.json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         sys.stdout.write(analyze.render_table(result))
+    return EXIT_FINE
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    """Print the law as JSON, which is YAML too: `law` goes into the configuration as it is."""
+    from jouletrace.requests.calibrate import CalibrationRefusedError  # noqa: PLC0415
+    from jouletrace.trace import analyze, recording  # noqa: PLC0415
+
+    try:
+        found = analyze.calibrate(recording.read(options.recording))
+    except CalibrationRefusedError as refusal:
+        return _fail(f"{options.recording}: {refusal}", EXIT_USAGE)
+    result = {
+        "law": msgspec.to_builtins(found.law),
+        "half_fixed_batch": found.law.half_fixed_batch if found.law.decode_sequence_joules else None,
+        "samples": found.samples,
+        "mean_error": found.mean_error,
+        "worst_error": found.worst_error,
+    }
+    print(json.dumps(result, indent=2))
     return EXIT_FINE
 
 
@@ -215,9 +234,7 @@ def _measure(options: argparse.Namespace) -> int:
     config = _load(options)
     logs.configure("warning" if config.log.level == "info" else config.log.level, config.log.format)
     failures: list[BaseException] = []
-    sampler = Sampler(
-        make_source(config), intervals(config), choose=chooser(config.devices), on_end=failures.append
-    )
+    sampler = Sampler(make_source(config), intervals(config), choose=chooser(config.devices), on_end=failures.append)
     sampler.start()
     try:
         outcome = measure.measure(sampler, argv, lambda: failures[0] if failures else None)

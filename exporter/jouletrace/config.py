@@ -37,6 +37,9 @@ SERVICE_LINK = re.compile(
 FILE_LIMIT_BYTES = 1 << 20
 """A larger file is not a configuration; without a limit, a wrong path could fill the memory."""
 
+TOKEN_CHARACTERS = 1024
+"""Longest token; HTTP headers may have 8190 bytes here."""
+
 FILE_DEPTH = 16
 """Deepest nesting of a file that is looked at (the parser recurses without a limit); the tree is two deep."""
 
@@ -420,6 +423,59 @@ class Ingest(Section, frozen=True):
         Meta(ge=1024, le=500_000, description="Records that may wait to be booked before senders are slowed down."),
     ] = 65536.0
 
+    @property
+    def stream_path(self) -> Path | None:
+        """The stream socket; `None` when there is none."""
+        return Path(self.stream_socket) if self.stream_socket.startswith("/") else None
+
+    @property
+    def datagram_path(self) -> Path | None:
+        """The datagram socket; `None` when there is none."""
+        return Path(self.datagram_socket) if self.datagram_socket.startswith("/") else None
+
+    def token(self) -> str | None:
+        """Return what `token_file` holds, `None` without one; raises ConfigError when it holds no token."""
+        if not self.token_file:
+            return None
+        try:
+            with Path(self.token_file).open(encoding="utf-8") as file:
+                token = file.read(TOKEN_CHARACTERS + 1).strip()
+        except OSError as error:
+            raise ConfigError(
+                f"ingest.token_file: {self.token_file} cannot be read ({error.strerror}); "
+                "make it a file that the daemon's user may read, or remove the key"
+            ) from None
+        except UnicodeDecodeError:
+            token = ""
+        if not token or len(token) > TOKEN_CHARACTERS or not re.fullmatch("[!-~]+", token):
+            raise ConfigError(
+                f"ingest.token_file: {self.token_file} does not hold a token; write one word of up to "
+                f"{TOKEN_CHARACTERS} ASCII characters into it, for example with `openssl rand -hex 32`"
+            )
+        return token
+
+
+class Ledger(Section, frozen=True):
+    """How energy is divided among requests, and how much of it is remembered."""
+
+    laws_file: Annotated[
+        str,
+        _Text("FILE", "(/.*)?", "an absolute path, or nothing"),
+        Meta(
+            description="A JSON or YAML file with step-energy laws by engine id (`engines`) or model (`models`), as "
+            "`jouletrace calibrate` prints them; if empty, a roofline prior is used."
+        ),
+    ] = ""
+    in_flight_requests: Annotated[
+        Number, Meta(ge=16, le=1_000_000, description="Requests in flight that are accounted for at once.")
+    ] = 16384.0
+    settled_requests: Annotated[
+        Number, Meta(ge=16, le=10_000_000, description="Ended requests whose energy can still be asked for.")
+    ] = 100000.0
+    tenants_per_model: Annotated[
+        Number, Meta(ge=1, le=10_000, description="Tenants of a model with series of their own; the rest is `other`.")
+    ] = 200.0
+
 
 class Sampling(Section, frozen=True):
     """How often the GPUs are read. Longer intervals cost less; energy stays exact with the power ring."""
@@ -526,6 +582,7 @@ class Config(Section, frozen=True):
     log: Log = Log()
     web: Web = Web()
     ingest: Ingest = Ingest()
+    ledger: Ledger = Ledger()
     sampling: Sampling = Sampling()
     readiness: Readiness = Readiness()
     driver: Driver = Driver()

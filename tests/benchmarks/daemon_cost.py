@@ -158,8 +158,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=45.0, help="length of each CPU measurement")
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print("| devices | driver calls | CPU of one core | sampler thread | resident | first sample | scrape p50 | p99 |"
-          " series | gaps |")
+    print(
+        "| devices | driver calls | CPU of one core | sampler thread | resident | first sample | scrape p50 | p99 |"
+        " series | gaps |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for devices, driver_costs in ((8, True), (8, False), (1, True), (1, False)):
         cost = run(devices, driver_costs=driver_costs, seconds=options.seconds)

@@ -184,7 +184,7 @@ class Engine:
 
     def serve(self, rate: float, seconds: float, seed: int, prefix: str, report: Report) -> None:
         """Serve Poisson arrivals for a while and then until all are done; report requests and steps as they happen."""
-        rng = random.Random(seed)  # noqa: S311  (a workload, not a secret)
+        rng = random.Random(seed)
         arrivals, at = [], 0.0
         while at < seconds:
             at += rng.expovariate(rate)

@@ -6,6 +6,7 @@ the law of the steady steps; it uses nothing of jouletrace.requests.
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,17 @@ def main() -> None:
     steps = [s for s in truth["steps"] if s["start_ns"] > first_ns and s["end_ns"] < last_ns]
     joules = step_joules(timelines, steps)
     predicted = np.array(
-        [s["steps"] * (a + c_d * len(s["decode"])) + (c_p * s["prefill"]["tokens"] if s["prefill"] else 0) for s in steps]
+        [
+            s["steps"] * (a + c_d * len(s["decode"])) + (c_p * s["prefill"]["tokens"] if s["prefill"] else 0)
+            for s in steps
+        ]
     )
-    print(f"held-out mix: law predicts {predicted.sum():.0f} J of {joules.sum():.0f} J ({predicted.sum() / joules.sum() - 1:+.2%})")
+    off = predicted.sum() / joules.sum() - 1
+    print(f"held-out mix: law predicts {predicted.sum():.0f} J of {joules.sum():.0f} J ({off:+.2%})")
     mine: dict[str, float] = {}
     whole: dict[str, float] = {}
     for step, energy in zip(steps, joules, strict=True):
-        weights = {r: step["steps"] * c_d for r in step["decode"]}
+        weights = dict.fromkeys(step["decode"], step["steps"] * c_d)
         if step["prefill"]:
             weights[step["prefill"]["id"]] = weights.get(step["prefill"]["id"], 0) + c_p * step["prefill"]["tokens"]
         fixed = a * step["steps"] / len(weights)
@@ -94,16 +99,19 @@ def main() -> None:
             - 1
         )
     size = np.abs(np.array(errors))
-    print(f"{len(errors)} requests: error median {np.median(size):.3%}, p95 {np.percentile(size, 95):.3%}, worst {size.max():.2%}")
+    median, high = np.median(size), np.percentile(size, 95)
+    print(f"{len(errors)} requests: error median {median:.3%}, p95 {high:.3%}, worst {size.max():.2%}")
     print(f"whole-GPU window instead: median {np.median(list(whole.values())):.0%}")
-    print("methods", {m: sum(1 for x in answers["answers"].values() if x.get("method") == m) for m in {x.get("method") for x in answers["answers"].values()}})
+    print("methods", Counter(x.get("method") for x in answers["answers"].values()))
     print("all final", all(x.get("final") for x in answers["answers"].values()))
-    print("cpu", answers["cpu"], "resident", answers["resident_mib"], "sent", answers["sent"], "refused", answers["refused"][:3])
+    print({key: answers[key] for key in ("cpu", "resident_mib", "sent")}, answers["refused"][:3])
     print("ledger", json.dumps(answers["ledger"])[:3000])
     counters = answers["counters"]
     spent = [(e - s) / 1e3 for s, e in zip(counters[0]["mj"], counters[1]["mj"], strict=True)]
     print("counter over the run, J:", spent)
-    own = [t.energy_at(counters[1]["t_ns"] - 50_000_000) - t.energy_at(counters[0]["t_ns"] - 50_000_000) for t in timelines]
+    # A counter value is half a tick old on average.
+    begin_ns, end_ns = (look["t_ns"] - 50_000_000 for look in counters)
+    own = [t.energy_at(end_ns) - t.energy_at(begin_ns) for t in timelines]
     print("recording over the same time, J:", own, [o / s - 1 for o, s in zip(own, spent, strict=True)])
 
 

@@ -142,7 +142,7 @@ def recorded(path: Path) -> subprocess.Popen[bytes]:
 
 def grid(engine: Engine, folder: Path) -> None:
     """Run steady steps while recording, and add what ran to the recording's events."""
-    from jouletrace.trace import recording  # noqa: PLC0415  (followers need no jouletrace)
+    from jouletrace.trace import recording
 
     recorder = recorded(folder / "grid.json.gz")
     events: list[dict[str, Any]] = []
@@ -166,9 +166,8 @@ def grid(engine: Engine, folder: Path) -> None:
 
 def serve(engine: Engine, folder: Path, seconds: float) -> None:
     """Serve while the daemon accounts; keep everything for the comparison."""
-    law = subprocess.run(
-        jouletrace("calibrate", str(sorted(folder.glob("grid*.json.gz"))[0])), capture_output=True, text=True, check=False
-    )
+    steady = str(min(folder.glob("grid*.json.gz")))
+    law = subprocess.run(jouletrace("calibrate", steady), capture_output=True, text=True, check=False)
     (folder / "law.txt").write_text(law.stdout + law.stderr)
     arguments = ["--web.listen-address=127.0.0.1:9841", f"--state-dir={folder / 'state'}"]
     if law.returncode == 0:
@@ -188,9 +187,7 @@ def serve(engine: Engine, folder: Path, seconds: float) -> None:
     uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
     sender = Sender(url)
     sender.start()
-    sender.put(
-        "/v1/engines", {"engine_id": ENGINE_ID, "kind": "vllm", "models": [MODEL], "gpu_uuids": uuids}
-    )
+    sender.put("/v1/engines", {"engine_id": ENGINE_ID, "kind": "vllm", "models": [MODEL], "gpu_uuids": uuids})
     truth = Truth(sender)
     process = psutil.Process(daemon.pid)
     cpu, begin, number = sum(process.cpu_times()[:2]), time.monotonic(), 0

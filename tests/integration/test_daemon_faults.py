@@ -215,8 +215,9 @@ def test_learnt_levels_survive_a_kill(library: Path, tmp_path: Path) -> None:
     variables = simulated(library, tmp_path, Scenario([Device(power=Square(100, 600, 0.7), gpm={"sm_util": 90.0})]))
     for _ in range(2):
         with DaemonProcess(tmp_path, variables=variables) as daemon:
-            daemon.until("readiness", daemon.ready)
-            assert daemon.metric("jouletrace_gpu_idle_power_watts", kind="bare") == {"0": 79.25}
+            daemon.until(
+                "the level", lambda: daemon.metric("jouletrace_gpu_idle_power_watts", kind="bare") == {"0": 79.25}
+            )
             daemon.process.kill()
             daemon.process.wait(5)
 

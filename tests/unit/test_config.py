@@ -1,4 +1,4 @@
-# ruff: noqa: E501 - tables of one-line messages
+
 import argparse
 import os
 import string
@@ -181,9 +181,7 @@ def test_each_key_by_flag_variable_and_file(tmp_path: Path, name: str) -> None:
 
 
 def test_a_repeated_flag_makes_a_list() -> None:
-    flags = parse_flags(
-        "--web.listen-address", ":1", "--web.listen-address=[::1]:2", "--devices=2", "--devices=0"
-    )
+    flags = parse_flags("--web.listen-address", ":1", "--web.listen-address=[::1]:2", "--devices=2", "--devices=0")
     config = load(None, STATE, flags)
     assert config.web.listen_address == (":1", "[::1]:2")
     assert config.devices == (2, 0)
@@ -489,9 +487,7 @@ def test_durations(text: str, seconds: float) -> None:
     assert configuration.parse_duration(configuration.format_duration(seconds)) == seconds
 
 
-@pytest.mark.parametrize(
-    "text", ["", "1", "s", "1.5s", "-1s", "1s ", "1s1m", "1S", "1 s", "١s", "1d", "1s1s"]
-)
+@pytest.mark.parametrize("text", ["", "1", "s", "1.5s", "-1s", "1s ", "1s1m", "1S", "1 s", "١s", "1d", "1s1s"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="is not a duration"):
         configuration.parse_duration(text)
@@ -597,6 +593,26 @@ def test_sockets_are_where_systemd_made_room(environment: Mapping[str, str], str
     assert (ingest.stream_socket, ingest.datagram_socket) == (stream, datagram)
 
 
+def test_a_socket_that_is_off_has_no_path() -> None:
+    ingest = configuration.Ingest(stream_socket="off", datagram_socket="/run/d")
+    assert (ingest.stream_path, ingest.datagram_path) == (None, Path("/run/d"))
+    assert configuration.Ingest().stream_path is None
+
+
+def test_the_token_is_the_word_in_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "word"
+    ingest = configuration.Ingest(token_file=str(file))
+    with pytest.raises(ConfigError, match="word cannot be read"):
+        ingest.token()
+    for content in (b"", b" \n", b"two words", b"\xff", b"x" * 1025, "é".encode()):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match="does not hold a token"):
+            ingest.token()
+    file.write_text("s3cret\n")
+    assert ingest.token() == "s3cret"
+    assert configuration.Ingest().token() is None
+
+
 def test_an_empty_state_dir_is_chosen_and_a_given_one_kept(tmp_path: Path) -> None:
     assert from_text(tmp_path, "state_dir: ''").state_dir == "/var/lib/jouletrace"
     assert from_text(tmp_path, "state_dir: /srv").state_dir == "/srv"
@@ -680,9 +696,7 @@ yaml_pieces = st.sampled_from(
 )  # fmt: skip
 
 
-@given(
-    content=st.binary(max_size=200) | st.lists(yaml_pieces, max_size=30).map(lambda p: "".join(p).encode())
-)
+@given(content=st.binary(max_size=200) | st.lists(yaml_pieces, max_size=30).map(lambda p: "".join(p).encode()))
 def test_garbage_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "garbage.yaml"
     file.write_bytes(content)
@@ -690,9 +704,7 @@ def test_garbage_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=90) | st.dates()
-trees = st.recursive(
-    scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(words | scalars, t, max_size=3)
-)
+trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(words | scalars, t, max_size=3))
 
 
 @given(name=st.sampled_from(list(KEYS)), value=trees)

@@ -14,8 +14,9 @@ from jouletrace.energy.timeline import Timeline
 from jouletrace.requests.account import LedgerSnapshot
 from jouletrace.requests.devices import BusyTrack, DeviceView
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule
-from jouletrace.requests.ledger import Ledger, LedgerState, Limits
+from jouletrace.requests.ledger import Ledger, Limits
 from jouletrace.requests.records import EngineRecord, PrefillPart, RequestRecord, Status, StepRecord, Usage
+from jouletrace.requests.state import LedgerState
 
 MS = 1_000_000
 FEEDS = ("steps", "counts", "boundaries", "complete", "mixed")

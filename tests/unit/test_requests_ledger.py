@@ -11,8 +11,9 @@ from jouletrace.energy.timeline import Timeline
 from jouletrace.requests.account import Method, Phase, Taken
 from jouletrace.requests.devices import BusyTrack, DeviceView
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
-from jouletrace.requests.ledger import Ledger, LedgerState, Limits
+from jouletrace.requests.ledger import Ledger, Limits
 from jouletrace.requests.records import EngineRecord, PrefillPart, RequestRecord, Status, StepRecord, Unit, Usage
+from jouletrace.requests.state import LedgerState
 
 FITS = json.loads((Path(__file__).parents[1] / "data/mlenergy_h100_fits.json").read_text())["fits"]
 PREFILL_TO_DECODE = 15.4 / 40.5
@@ -87,6 +88,40 @@ def test_boundaries_with_a_calibrated_law(fit: dict, rate: int) -> None:
     assert median < 0.02
     assert p95 < 0.06
     assert {book.price(job.request_id).method for job in run.jobs} == {Method.BOUNDARIES_CALIBRATED}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [0.1, 8])
+def test_a_prior_of_the_wrong_size_is_put_right_by_output_tokens(size: float) -> None:
+    run = Simulator(LLAMA, rate=4, seconds=60, seed=3).run()
+    wrong = law_of(Cost(LLAMA.a * size, LLAMA.c_p * size, LLAMA.c_d * size), Provenance.PRIOR)
+    book = ledger(LawBook(default=wrong))
+    drive(book, views({"g": run.timeline()}), live(run), run.end_ns + 5 * S)
+    # The first requests have nobody to learn from.
+    learnt = {job.request_id: run.truth[job.request_id] for job in run.jobs[50:]}
+    median, p95 = relative_errors(found(book, run), learnt)
+    assert median < 0.02
+    assert p95 < 0.06
+
+
+def test_output_tokens_that_are_no_steps_do_not_spoil_a_measured_law() -> None:
+    run = Simulator(LLAMA, rate=4, seconds=30, seed=3).run()
+    book = ledger(LawBook(default=law_of(LLAMA)))
+    drafted = [
+        (
+            t_ns,
+            record
+            if record.usage is None
+            else msgspec.structs.replace(
+                record, usage=msgspec.structs.replace(record.usage, output=3 * record.usage.output)
+            ),
+        )
+        for t_ns, record in live(run)
+        if isinstance(record, RequestRecord)
+    ]
+    drive(book, views({"g": run.timeline()}), drafted, run.end_ns + 5 * S)
+    median, p95 = relative_errors(found(book, run), run.truth)
+    assert median < 0.06
+    assert p95 < 0.12
 
 
 def test_steps_that_only_count_are_claimed_by_requests_told_later() -> None:
@@ -269,15 +304,13 @@ def test_idle_is_parked_or_bare_and_parked_is_allocated_to_the_recent_users() ->
         usage=Usage(input=1, output=10),
     )
     drive(book, views({"g": line}), [(START_NS + 20 * S, record)], START_NS + 52 * S)
-    settled = book.snapshot().settled_ns
-    bare = {"g": DeviceView(line, held=False)}
-    book.settle(bare, START_NS + 101 * S, close_ns=START_NS + 100 * S)
+    book.settle({"g": DeviceView(line, held=False)}, START_NS + 101 * S, close_ns=START_NS + 100 * S)
     seen = book.snapshot()
-    parked_s = (settled - START_NS) / S - 10
-    assert seen.idle_joules["g", "parked"] == pytest.approx(100 * parked_s)
-    assert seen.idle_joules["g", "bare"] == pytest.approx(100 * (90 - parked_s))
+    # Held as long as that was told, however late it is settled: 52 s, 10 of them busy.
+    assert seen.idle_joules["g", "parked"] == pytest.approx(100 * 42)
+    assert seen.idle_joules["g", "bare"] == pytest.approx(100 * 48)
     assert sum(seen.attributed_joules.values()) == pytest.approx(1000)
-    assert sum(seen.allocated_joules.values()) == pytest.approx(1000 + 100 * parked_s)
+    assert sum(seen.allocated_joules.values()) == pytest.approx(1000 + 100 * 42)
     assert seen.allocated_joules["m", "t", "e"] > 1000
 
 

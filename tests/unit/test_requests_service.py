@@ -6,16 +6,21 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 from tests.recording_account import RecordingAccount, Totals
 
 from jouletrace.clock import Clock, SystemClock
+from jouletrace.energy.timeline import Timeline
 from jouletrace.gpu.replay import ReplayClock
 from jouletrace.requests.account import Taken
+from jouletrace.requests.devices import DeviceView
 from jouletrace.requests.inbox import Inbox, Origin
 from jouletrace.requests.journal import Journal
-from jouletrace.requests.records import EngineRecord, Record, RequestRecord, StepRecord, Usage
+from jouletrace.requests.law import LawBook
+from jouletrace.requests.ledger import Ledger, LedgerState, Limits
+from jouletrace.requests.records import EngineRecord, Record, RequestRecord, Status, StepRecord, Usage
 from jouletrace.requests.service import LedgerService
 
 
@@ -276,3 +281,95 @@ async def test_a_settling_that_fails_leaves_the_last_account_and_one_line(tmp_pa
             await asyncio.sleep(0.1)
             assert rig.service.snapshot.device_joules == shown.device_joules
     assert [entry["about"] for entry in logs] == ["settle"]
+
+
+class SetClock(SystemClock):
+    """A clock that stands still until it is set."""
+
+    def __init__(self, ns: int) -> None:
+        super().__init__()
+        self.ns = ns
+
+    def now_ns(self) -> int:
+        return self.ns
+
+    def from_wall(self, wall_ns: int) -> int:
+        return wall_ns
+
+
+SECOND_NS = 10**9
+BEGIN_NS = 1_795_373_000 * SECOND_NS
+
+
+def pass_at_100_watts(timeline: Timeline, seconds: int) -> None:
+    """Let a device draw 100 W for some seconds."""
+    ends_ns = timeline.end_ns + np.arange(1, seconds * 50 + 1) * 20_000_000
+    timeline.extend(ends_ns, np.full(len(ends_ns), 2.0))
+
+
+async def test_the_real_ledger_goes_on_after_a_restart(tmp_path: Path) -> None:
+    def moment(seconds: float) -> int:
+        return BEGIN_NS + round(seconds * SECOND_NS)
+
+    def service_of(
+        ledger: Ledger, inbox: Inbox, clock: Clock, journal: Journal[LedgerState], timeline: Timeline
+    ) -> Any:
+        return LedgerService(
+            ledger,
+            inbox,
+            clock=clock,
+            devices=lambda: {"GPU-0": DeviceView(timeline, held=True)},
+            journal=journal,
+            settle_seconds=0.02,
+        )
+
+    first, second = Journal(tmp_path, LedgerState, boot="b"), Journal(tmp_path, LedgerState, boot="b")
+    assert first.open() is None
+    inbox, clock = Inbox(), SetClock(moment(20))
+    ledger = Ledger(Limits(), LawBook(), start_ns=BEGIN_NS)
+    service = service_of(ledger, inbox, clock, first, timeline := Timeline(BEGIN_NS))
+    running = asyncio.create_task(service.run())
+    await asyncio.sleep(0.05)
+    ended = {"model": "m", "tenant": "t", "status": Status.FINISHED, "usage": Usage(input=10, output=20)}
+    inbox.offer(Origin.HTTP, [EngineRecord(engine_id="e", gpu_uuids=("GPU-0",))])
+    inbox.offer(
+        Origin.HTTP,
+        [
+            request(1, engine_id="e", arrival_ns=moment(1), first_token_ns=moment(1.5), end_ns=moment(3), **ended),
+            request(2, engine_id="e", model="m", tenant="t", arrival_ns=moment(5), first_token_ns=moment(5.5)),
+        ],
+    )
+    await inbox.drained()
+    pass_at_100_watts(timeline, 20)
+    clock.ns = moment(60)  # Long enough for the ledger to stop waiting for more records about these seconds.
+    settled = await service.price("r1", "e", wait_seconds=10)
+    assert settled is not None
+    assert settled.final
+    assert settled.energy_joules == pytest.approx(200, abs=0.1)
+    running.cancel()
+    await asyncio.wait({running})
+    before = service.snapshot
+    first.close()
+
+    state = second.open()
+    assert state is not None
+    inbox, clock = Inbox(), SetClock(moment(40))
+    ledger = Ledger.restore(state, Limits(), LawBook(), start_ns=moment(20))
+    service = service_of(ledger, inbox, clock, second, timeline := Timeline(moment(20)))
+    assert service.snapshot.attributed_joules == before.attributed_joules
+    assert service.snapshot.in_flight == {"e": 1}
+    running = asyncio.create_task(service.run())
+    inbox.offer(Origin.HTTP, [request(2, engine_id="e", end_ns=moment(25), **ended)])
+    await inbox.drained()
+    pass_at_100_watts(timeline, 20)
+    clock.ns = moment(80)
+    settled = await service.price("r2", "e", wait_seconds=10)
+    running.cancel()
+    await asyncio.wait({running})
+    second.close()
+    assert settled is not None
+    assert settled.final
+    assert settled.energy_joules == pytest.approx(2000, abs=0.2)
+    after = service.snapshot
+    assert sum(after.attributed_joules.values()) == pytest.approx(2200, abs=0.5)
+    assert all(after.attributed_joules[key] >= joules for key, joules in before.attributed_joules.items())

@@ -268,6 +268,11 @@ async def test_with_a_token_it_is_needed() -> None:
             assert response.headers["WWW-Authenticate"] == 'Bearer realm="jouletrace"'
         for wrong in ("Bearer", "Bearer s3cre", "Basic s3cret", "Bearer s3crét"):
             assert (await rig.get("/v1/ledger", Authorization=wrong))[0] == 401
+        host, port = rig.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /v1/ledger HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"401"
+        writer.close()
         assert (await rig.get("/v1/ledger", Authorization="bearer s3cret"))[0] == 200
         assert await rig.post("/v1/requests", '{"request_id":"a"}', Authorization="Bearer s3cret") == (200, TAKEN)
 

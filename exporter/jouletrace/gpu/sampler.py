@@ -17,7 +17,7 @@ import structlog
 
 from jouletrace.energy.baseline import Baseline, IdleKind, IdleLevel, holds_context
 from jouletrace.energy.meter import EnergySource, Meter
-from jouletrace.energy.timeline import WindowEnergy
+from jouletrace.energy.timeline import Timeline, WindowEnergy
 from jouletrace.gpu.capabilities import Capabilities, advice, probe
 from jouletrace.gpu.readings import (
     ActivityReading,
@@ -30,6 +30,7 @@ from jouletrace.gpu.readings import (
     NoDriverError,
     Pipe,
     PowerReading,
+    ProcessReading,
     Sensor,
     Source,
     StateReading,
@@ -76,6 +77,8 @@ ENERGY_TIERS = frozenset(
     }
 )
 ACTIVITY_KEPT = 32
+BUSY_KEPT = 2048
+"""Intervals whose highest activity the ledger can look back on: 15 minutes at the usual two a second."""
 IDLE_WINDOW_NS = 900_000_000
 """Shortest window that tells of idle: one ring reading, or ten ticks of the counter."""
 IDLE_WINDOW_MOST_NS = 10 * NS
@@ -107,6 +110,19 @@ class _Failing:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class LiveDevice:
+    """What the ledger needs of a device at one moment."""
+
+    uuid: str
+    timeline: Timeline
+    held: bool | None
+    """Whether a process holds a context; None when nobody can tell."""
+    activities: Sequence[tuple[int, float]]
+    """(end_ns, highest activity ratio) of the intervals of the last quarter hour, oldest first."""
+    processes: Sequence[ProcessReading] | None
+
+
 class _DeviceAccount:
     """All that is known of one device; touched by the sampler thread only."""
 
@@ -128,6 +144,7 @@ class _DeviceAccount:
         self.link_bytes: dict[Link, float] = {}
         self.xid_errors: dict[int, int] = {}
         self.activities: deque[ActivityReading] = deque(maxlen=ACTIVITY_KEPT)
+        self.busy_track: deque[tuple[int, float]] = deque(maxlen=BUSY_KEPT)
         self.published: DeviceSnapshot | None = None
         self.meter: Meter | None = None
         self.adopt(device, capabilities)
@@ -177,6 +194,9 @@ class _DeviceAccount:
     def add_activity(self, reading: ActivityReading) -> None:
         """Integrate a GPM interval: bytes and busy seconds are exact at any scrape interval."""
         self.activities.append(reading)
+        busiest = _busiest_of(reading)
+        if busiest is not None and Pipe.GRAPHICS not in reading.busy_ratio:
+            self.busy_track.append((reading.end_ns, busiest))
         seconds = (reading.end_ns - reading.start_ns) / NS
         peak = self.device.info.peak_dram_bytes_per_second
         if reading.dram_ratio is not None and peak is not None:
@@ -197,17 +217,32 @@ class _DeviceAccount:
         self.idle_from_ns = end_ns
         if start_ns is None or end_ns - start_ns > IDLE_WINDOW_MOST_NS:
             return
-        info = self.device.info
         watts = self.meter.timeline.window(start_ns, end_ns).joules / ((end_ns - start_ns) / NS)
-        health, state = self.health, self.state
-        processes = None if health is None or health.processes is None else len(health.processes)
-        seen = health if processes is not None else state
+        seen = self.health if self.health is not None and self.health.processes is not None else self.state
         self.baseline.observe(
             end_ns,
             watts,
-            context=holds_context(processes, state.memory_used_bytes if state else None, info.memory_total_bytes),
+            context=self.held(),
             context_ns=seen.t_ns if seen else None,
             busiest_ratio=self._busiest(start_ns, end_ns),
+        )
+
+    def held(self) -> bool | None:
+        """Return whether a process holds the device, as last seen."""
+        health, state = self.health, self.state
+        processes = None if health is None or health.processes is None else len(health.processes)
+        memory_bytes = state.memory_used_bytes if state else None
+        return holds_context(processes, memory_bytes, self.device.info.memory_total_bytes)
+
+    def live(self) -> LiveDevice | None:
+        """Return what the ledger needs; may be called from any thread. None before the first sample."""
+        timeline, health = self.meter.timeline if self.meter else None, self.health
+        if timeline is None:
+            return None
+        # One call copies the track while the sampler may add to it.
+        track = list(self.busy_track)
+        return LiveDevice(
+            self.device.info.uuid, timeline, self.held(), track, None if health is None else health.processes
         )
 
     def _busiest(self, start_ns: int, end_ns: int) -> float | None:
@@ -215,8 +250,8 @@ class _DeviceAccount:
         ratios: list[float] = []
         for reading in self.activities:
             if reading.end_ns > start_ns and reading.start_ns < end_ns:
-                ratios += [r for p, r in reading.busy_ratio.items() if p is not Pipe.SM_OCCUPANCY]
-                ratios += [] if reading.dram_ratio is None else [reading.dram_ratio]
+                busiest = _busiest_of(reading)
+                ratios += [] if busiest is None else [busiest]
         if not self.capabilities.has_activity and self.state is not None:
             ratios += self.state.utilization_ratio.values()
         return max(ratios, default=None)
@@ -272,6 +307,13 @@ class _DeviceAccount:
     def _directions(self, transmit: Link, receive: Link) -> Mapping[str, float]:
         named = (("transmit", transmit), ("receive", receive))
         return {name: self.link_bytes[link] for name, link in named if link in self.link_bytes}
+
+
+def _busiest_of(reading: ActivityReading) -> float | None:
+    """Return the highest activity ratio of an interval."""
+    ratios = [ratio for pipe, ratio in reading.busy_ratio.items() if pipe is not Pipe.SM_OCCUPANCY]
+    ratios += [] if reading.dram_ratio is None else [reading.dram_ratio]
+    return max(ratios, default=None)
 
 
 @dataclass(order=True, slots=True)
@@ -362,6 +404,10 @@ class Sampler:
             if account.device.info.uuid == uuid and account.meter is not None:
                 return account.meter.window(start_ns, end_ns)
         return None
+
+    def live_devices(self) -> Sequence[LiveDevice]:
+        """Return what the ledger needs of every device that has a sample; may be called from any thread."""
+        return [device for account in self._accounts if (device := account.live()) is not None]
 
     def learnt_levels(self) -> dict[str, dict[IdleKind, IdleLevel]]:
         """Return the idle levels of all devices ever known, for the state file."""

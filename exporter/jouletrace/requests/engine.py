@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from jouletrace.requests import law as laws
 from jouletrace.requests.inflight import NOBODY, Inference, InFlight
-from jouletrace.requests.law import LawBook, PrefillSchedule
+from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
 from jouletrace.requests.records import EngineRecord, Role
 from jouletrace.requests.split import (
     NEVER,
@@ -19,6 +19,7 @@ from jouletrace.requests.split import (
     Shares,
     StepMembers,
     activity,
+    company,
     split_boundaries,
     split_steps,
     sums,
@@ -55,6 +56,10 @@ UNCLAIMED_NS = 120 * S
 """Least time for which unclaimed energy waits for its request."""
 TYPICAL_PROMPT_TOKENS = 512.0
 """Assumed for a prompt whose length is not known yet and whose engine has told none."""
+FEWEST_STEPS = 8
+"""Output tokens below which a request does not tell how many steps its time held: a boundary is a step wide."""
+SCALE_MEMORY = 0.995
+"""How much of what was learnt of a law's size outlives a request: the last 200 requests count."""
 TYPICAL_BATCH = 8
 """Assumed where a first token's time must be guessed."""
 
@@ -150,6 +155,8 @@ class Engine:
         """When it last told something that counted."""
         self.accepted = 0.0
         self.dropped = 0.0
+        self._shown_joules = 0.0
+        self._predicted_joules = 0.0
         self._prompt_tokens = (0.0, 0)
         self.describe(record, book)
 
@@ -304,8 +311,12 @@ class Engine:
             self._distribute_steps(plan, seen, joules, slack, table)
         if plan.boundaries is not None and seen.activity is not None and seen.by_boundaries.any():
             shares = split_boundaries(
-                joules, seen.by_boundaries, plan.boundaries, seen.activity, law=self.law, schedule=self.schedule
+                joules, seen.by_boundaries, plan.boundaries, seen.activity, law=self.split_law, schedule=self.schedule
             )
+            energy, sequences, prompted = company(joules, plan.boundaries, seen.activity, edges)
+            table.decode_energy[plan.slots] += energy
+            table.decode_company[plan.slots] += sequences
+            table.decode_prompts[plan.slots] += prompted
             table.add(shares, plan.slots)
             total = shares.total()
             table.boundary_joules[plan.slots] += total
@@ -388,6 +399,38 @@ class Engine:
         table.count_joules[slots] += total
         table.error_joules[slots] += total * laws.COUNTS_ERROR
         table.claimed_ns[slots] = np.where(first <= until_ns, np.maximum(done, until_ns), done)
+
+    @property
+    def split_law(self) -> Law:
+        """The law by which boundaries are split, in the size that finished requests showed.
+
+        A prior may be of any size. A law that was measured is trusted within its own error: where an output token
+        is not a step (speculative decoding) the comparison misleads, and must not spoil a good law.
+        """
+        if self._predicted_joules <= 0:
+            return self.law
+        factor = self._shown_joules / self._predicted_joules
+        if self.law.provenance is not Provenance.PRIOR:
+            error = self.law.error or laws.CALIBRATED_ERROR
+            factor = min(max(factor, 1.0 - error), 1.0 + error)
+        return self.law.scaled(factor)
+
+    def learn_scale(self, table: InFlight, slots: Int64s, output_tokens: Float64s) -> None:
+        """Compare the law with requests that have ended: each output token but the first is a step.
+
+        Only the law's size is learnt, one number from sums, never its proportions: fitting coefficients on
+        boundaries is biased by 25-40 % (reference: errors in variables).
+        """
+        seconds = (table.end_ns[slots] - table.first_token_ns[slots]) / 1e9
+        usable = (output_tokens >= FEWEST_STEPS) & (seconds > 0) & (table.decode_energy[slots] > 0)
+        if not usable.any():
+            return
+        chosen, steps = slots[usable], output_tokens[usable] - 1
+        batch = table.decode_company[chosen] / seconds[usable]
+        predicted = steps * (self.law.fixed_joules + self.law.decode_sequence_joules * batch)
+        predicted += self.law.prefill_token_joules * table.decode_prompts[chosen]
+        self._shown_joules = self._shown_joules * SCALE_MEMORY ** len(chosen) + float(table.decode_energy[chosen].sum())
+        self._predicted_joules = self._predicted_joules * SCALE_MEMORY ** len(chosen) + float(predicted.sum())
 
     def returned(self, joules: float) -> Mapping[str, float]:
         """Return which device an amount that nobody claims came from."""

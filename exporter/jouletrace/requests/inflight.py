@@ -65,6 +65,12 @@ class InFlight:
         """The part of the latter with exclusive prefill."""
         self.error_joules = np.zeros(size)
         """How far the methods may be off, and sensors beyond their edges."""
+        self.decode_energy = np.zeros(size)
+        """What its engine used while it decoded, joules,"""
+        self.decode_company = np.zeros(size)
+        """the sequences that decoded with it (itself included), times seconds,"""
+        self.decode_prompts = np.zeros(size)
+        """and the prompt tokens that were computed meanwhile: all three by boundaries."""
         self.paid_prefill = np.zeros(size)
         self.paid_decode = np.zeros(size)
         """What its account has been charged already."""
@@ -90,14 +96,14 @@ class InFlight:
             getattr(self, name)[slots] = NEVER
         self.seen_ns[slots] = 0
         self.tokens[slots] = np.nan
-        self.wipe_joules(slots)
+        self.wipe_sums(slots)
         for slot in slots.tolist():
             self.inferences[slot] = None
         self._free.extend(slots.tolist())
 
-    def wipe_joules(self, slots: Int64s) -> None:
-        """Set all energies of slots to 0."""
-        for name in JOULE_COLUMNS:
+    def wipe_sums(self, slots: Int64s) -> None:
+        """Set everything that slots have collected to 0."""
+        for name in SUM_COLUMNS:
             getattr(self, name)[slots] = 0.0
 
     def add(self, shares: Shares, slots: Int64s | None = None) -> None:
@@ -124,7 +130,7 @@ class InFlight:
         return total
 
 
-JOULE_COLUMNS = (
+SUM_COLUMNS = (
     "prefill_fixed",
     "prefill_marginal",
     "decode_fixed",
@@ -133,6 +139,9 @@ JOULE_COLUMNS = (
     "boundary_joules",
     "exclusive_joules",
     "error_joules",
+    "decode_energy",
+    "decode_company",
+    "decode_prompts",
     "paid_prefill",
     "paid_decode",
 )

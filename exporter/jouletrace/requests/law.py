@@ -62,6 +62,16 @@ class Law(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         if not self.decode_sequence_joules and not self.fixed_joules:
             raise ValueError("fixed_joules: is 0 beside decode_sequence_joules, so a decode step would cost nothing")
 
+    def scaled(self, factor: float) -> "Law":
+        """Return the law of an engine whose steps cost `factor` times as much, in the same proportions."""
+        return msgspec.structs.replace(
+            self,
+            fixed_joules=self.fixed_joules * factor,
+            prefill_token_joules=self.prefill_token_joules * factor,
+            decode_sequence_joules=self.decode_sequence_joules * factor,
+            kv_token_joules=self.kv_token_joules * factor,
+        )
+
     @property
     def half_fixed_batch(self) -> float:
         """B* = a / c_d: the batch at which a decode step's fixed and marginal parts are equal."""

@@ -15,23 +15,30 @@ told later changes the answer for the request, not the counters.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
-from typing import TypeVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from jouletrace.energy.baseline import IdleKind
-from jouletrace.requests.account import LedgerSnapshot, Method, Phase, RequestEnergy, Taken
-from jouletrace.requests.devices import Bools, BusyTrack, DeviceView, HeldHistory, brackets, slack
+from jouletrace.requests.account import LedgerSnapshot, Phase, RequestEnergy, Taken
+from jouletrace.requests.bounds import edge_errors, methods
+from jouletrace.requests.devices import Bools, BusyTrack, DeviceView, HeldHistory, slack
 from jouletrace.requests.engine import UNCLAIMED_NS, Engine, Seen, Step
-from jouletrace.requests.histogram import JoulesHistogram
-from jouletrace.requests.inflight import JOULE_COLUMNS, NO_ACCOUNT, NOBODY, Inference, InFlight
+from jouletrace.requests.inflight import NO_ACCOUNT, NOBODY, Inference, InFlight
 from jouletrace.requests.law import LawBook
-from jouletrace.requests.records import EngineRecord, RequestRecord, Role, Status, StepRecord, Unit, Usage
+from jouletrace.requests.records import EngineRecord, RequestRecord, Role, Status, StepRecord, Usage
 from jouletrace.requests.settled import FLOATS, Settled, answer, method_of
 from jouletrace.requests.split import NEVER
+from jouletrace.requests.state import (
+    AccountState,
+    HistogramState,
+    InFlightState,
+    LedgerState,
+    requests_of,
+    restore_request,
+    unpaid_joules,
+)
+from jouletrace.requests.tally import Tally
 from jouletrace.requests.tenants import Accounts
 
 Int64s = NDArray[np.int64]
@@ -52,7 +59,6 @@ SILENT_NS = 300 * S
 RESTART_NS = 1 * S
 """A running request that arrives again this much later is another life of its id."""
 UNKNOWN_MODEL = "unknown"
-_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,80 +81,6 @@ class Limits:
     """A request that only steps have named for this long is nobody's."""
 
 
-class AccountState(msgspec.Struct, frozen=True):
-    """An account's totals, joules."""
-
-    model: str
-    tenant: str
-    engine_id: str
-    prefill: float
-    decode: float
-    idle: float
-
-
-class InFlightState(msgspec.Struct, frozen=True):
-    """A request in flight; times that have not come are None."""
-
-    request_id: str
-    engine_id: str
-    attempt: int
-    described: bool
-    model: str | None
-    tenant: str | None
-    trace_id: str | None
-    arrival_ns: int | None
-    status: Status
-    usage: Usage
-    start_ns: int | None
-    first_token_ns: int | None
-    end_ns: int | None
-    seen_ns: int
-    tokens: float | None
-    account: int | None
-    joules: tuple[float, ...]
-    """By the names of `inflight.JOULE_COLUMNS`."""
-
-
-class HistogramState(msgspec.Struct, frozen=True):
-    """A model's histogram: counts by bucket, not cumulative."""
-
-    counts: list[int]
-    total_joules: float
-
-
-class TenantState(msgspec.Struct, frozen=True):
-    """What a model did for a tenant."""
-
-    model: str
-    tenant: str
-    requests: dict[Status, int]
-    tokens: dict[str, int]
-    units: dict[Unit, int]
-
-
-class LedgerState(msgspec.Struct, frozen=True):
-    """Everything that must outlive a restart. Answers of settled requests and unsettled steps do not.
-
-    What grows lies in dicts with stable keys, so that a journal can write what has changed.
-    """
-
-    engines: list[EngineRecord]
-    engine_settled_ns: list[int]
-    accounts: dict[int, AccountState]
-    settled_ns: dict[str, int]
-    device_joules: dict[str, float]
-    idle_joules: dict[str, dict[str, float]]
-    """By device and kind."""
-    unattributed_joules: dict[str, float]
-    unclaimed_joules: dict[str, float]
-    """By device: what waits to be claimed; a restart cannot keep by whom."""
-    tenants: dict[str, TenantState]
-    """By model and tenant, joined."""
-    histograms: dict[str, HistogramState]
-    in_flight: dict[int, InFlightState]
-    """By slot."""
-
-
 class Ledger:
     """See the module. `default_tenant` pays where no tenant is given; energy before `start_ns` is not counted."""
 
@@ -168,10 +100,7 @@ class Ledger:
         self._device_joules: dict[str, float] = {}
         self._idle: dict[tuple[str, str], float] = {}
         self._unattributed: dict[str, float] = {}
-        self._requests: dict[tuple[str, str, Status], int] = {}
-        self._tokens: dict[tuple[str, str, str], int] = {}
-        self._units: dict[tuple[str, str, Unit], int] = {}
-        self._histograms: dict[str, JoulesHistogram] = {}
+        self._tally = Tally()
         self._faded_ns = 0
         self._now_ns = 0
 
@@ -311,11 +240,11 @@ class Ledger:
         return record.arrival_ns > max(inference.arrival_ns + RESTART_NS, int(self._table.seen_ns[inference.slot]))
 
     def _supersede(self, engine: Engine, old: Inference, record: RequestRecord, now_ns: int) -> Taken:
-        table = self._table
         if old.status is Status.RUNNING and old.attempt == record.attempt:
             # The engine that ran it is gone; it ended when it was last heard of.
-            old.status = Status.FAILED
-            table.end_ns[old.slot] = table.seen_ns[old.slot]
+            seen_ns = int(self._table.seen_ns[old.slot])
+            ended = RequestRecord(request_id=old.request_id, status=Status.FAILED, end_ns=seen_ns)
+            self._merge(engine, old, ended, now_ns)
         engine.superseded.setdefault(old.request_id, []).append(old)
         del engine.ids[old.request_id]
         taken = self._add_new(engine, None, record, now_ns)
@@ -444,6 +373,9 @@ class Ledger:
             return [uuid for uuid in record.gpu_uuids if uuid in self._views]
         return list(self._views) if len(self._views) == 1 else []
 
+    def _views_of(self, engine: Engine) -> list[DeviceView]:
+        return [self._views[uuid] for uuid in self._devices_of(engine.record)]
+
     def _groups(self, devices: Mapping[str, DeviceView]) -> Iterable[tuple[list[Engine], list[str]]]:
         """Yield engines and devices that must be settled together: sets connected by shared devices."""
         groups: list[tuple[list[Engine], set[str]]] = [([], {uuid}) for uuid in devices]
@@ -491,7 +423,7 @@ class Ledger:
             nobody = float(self._table.joules(np.array([NOBODY]))[0])
             if nobody > 0:
                 self._lose(engine, nobody)
-                self._table.wipe_joules(np.array([NOBODY]))
+                self._table.wipe_sums(np.array([NOBODY]))
 
     def _lose(self, engine: Engine, joules: float) -> None:
         """Book energy of an engine as unattributed."""
@@ -512,9 +444,7 @@ class Ledger:
         edges = _edges(times, [self._views[uuid] for uuid in uuids], from_ns, until_ns)
         middle = (edges[:-1] + edges[1:]) // 2
         seen = [
-            engine.see(
-                plan, edges, _any_busy([self._views[uuid].busy for uuid in self._devices_of(engine.record)], middle)
-            )
+            engine.see(plan, edges, _any_busy([view.busy for view in self._views_of(engine)], middle))
             for engine, plan in zip(due, plans, strict=True)
         ]
         joules = [np.zeros(len(middle)) for _ in due]
@@ -678,7 +608,7 @@ class Ledger:
         slots = np.flatnonzero(done)
         if not len(slots):
             return
-        edge = self._edge_errors(slots)
+        edge = edge_errors(table, slots, lambda number: self._views_of(self._by_number[number]))
         joules, off = table.joules(slots), table.error_joules[slots] + edge
         floats = np.stack(
             (
@@ -696,21 +626,26 @@ class Ledger:
         for row, inference in enumerate(inferences):
             if inference.arrival_ns is not None:
                 times[row, 0] = inference.arrival_ns
-        self._count_ended(inferences, table.account[slots].tolist(), joules.tolist(), times[:, 1].tolist())
         keys = self._accounts.keys
+        accounts = [keys[number] for number in table.account[slots].tolist()]
+        for one, (model, tenant, _), energy, end_ns in zip(
+            inferences, accounts, joules.tolist(), times[:, 1].tolist(), strict=True
+        ):
+            self._tally.count(model, tenant, one.status, one.usage, joules=energy, trace_id=one.trace_id, end_ns=end_ns)
         self._settled.add(
             [(one.engine, one.request_id) for one in inferences],
-            [
-                self._words(one, keys[account])
-                for one, account in zip(inferences, table.account[slots].tolist(), strict=True)
-            ],
+            [self._words(one, account) for one, account in zip(inferences, accounts, strict=True)],
             floats=floats,
             times=times,
             statuses=[one.status for one in inferences],
-            methods=self._methods(slots),
+            methods=methods(table, slots, self._by_number),
             output=[one.usage.output for one in inferences],
             attempts=[one.attempt for one in inferences],
         )
+        output = np.array([one.usage.output for one in inferences], np.float64)
+        for number in np.unique(table.engine[slots]).tolist():
+            mine = table.engine[slots] == number
+            self._by_number[number].learn_scale(table, slots[mine], output[mine])
         for inference in inferences:
             self._forget(inference)
         table.release(slots)
@@ -721,25 +656,6 @@ class Ledger:
         if inference.model in (None, model) and inference.tenant in (None, tenant):
             return engine_id, model, tenant
         return engine_id, inference.model or model, tenant if inference.tenant is None else inference.tenant
-
-    def _count_ended(
-        self, inferences: Sequence[Inference], accounts: Sequence[int], joules: Sequence[float], ends_ns: Sequence[int]
-    ) -> None:
-        keys = self._accounts.keys
-        for inference, account, energy, end_ns in zip(inferences, accounts, joules, ends_ns, strict=True):
-            model, tenant, _ = keys[account]
-            _increase(self._requests, (model, tenant, inference.status), 1)
-            usage = inference.usage
-            if usage.unit is not None:
-                _increase(self._units, (model, tenant, usage.unit), usage.count)
-            else:
-                _increase(self._tokens, (model, tenant, "input"), usage.input)
-                _increase(self._tokens, (model, tenant, "cached_input"), usage.cached_input)
-                _increase(self._tokens, (model, tenant, "output"), usage.output)
-            histogram = self._histograms.get(model)
-            if histogram is None:
-                histogram = self._histograms[model] = JoulesHistogram()
-            histogram.observe(energy, inference.trace_id, end_ns)
 
     def _forget(self, inference: Inference) -> None:
         """Remove a request from its engine's ids."""
@@ -752,59 +668,6 @@ class Ledger:
             earlier.remove(inference)
             if not earlier:
                 del engine.superseded[inference.request_id]
-
-    def _methods(self, slots: Int64s) -> NDArray[np.int8]:
-        """Return the method by which most of each request's energy was found, as its place in `Method`."""
-        table = self._table
-        order = list(Method)
-        by_boundaries = np.array(
-            [
-                order.index(
-                    Method.BOUNDARIES_PRIOR if engine.law.provenance == "prior" else Method.BOUNDARIES_CALIBRATED
-                )
-                for engine in self._by_number
-            ]
-        )[table.engine[slots]]
-        exclusive = table.exclusive_joules[slots]
-        codes = np.where(
-            2 * exclusive > table.boundary_joules[slots], order.index(Method.BOUNDARIES_EXCLUSIVE), by_boundaries
-        )
-        counts = table.count_joules[slots]
-        steps = table.joules(slots) - counts - table.boundary_joules[slots]
-        codes = np.where(counts > table.boundary_joules[slots], order.index(Method.STEP_COUNTS), codes)
-        most_by_steps = (steps > 0) & (2 * steps >= table.joules(slots))
-        # A request without energy yet is told by the feed its engine has.
-        stepwise = np.array([engine.last_step_end_ns > 0 for engine in self._by_number])[table.engine[slots]]
-        most_by_steps |= stepwise & (table.joules(slots) <= 0)
-        found: NDArray[np.int8] = np.where(most_by_steps, order.index(Method.STEPS), codes).astype(np.int8)
-        return found
-
-    def _edge_errors(self, slots: Int64s) -> Float64s:
-        """Return how far requests' joules may be off because their edges fall into sensor samples.
-
-        The share of power that a request had beside an edge, times what of the sample the edge could be off by.
-        """
-        table = self._table
-        total = np.zeros(len(slots))
-        numbers = table.engine[slots]
-        for number in np.unique(numbers):
-            mine = np.flatnonzero(numbers == number)
-            chosen = slots[mine]
-            first = table.first_token_ns[chosen]
-            end = table.end_ns[chosen]
-            start = np.minimum(table.start_ns[chosen], first)
-            first = np.minimum(first, end)
-            energy = np.zeros((3, len(chosen)))
-            off = np.zeros((3, len(chosen)))
-            for uuid in self._devices_of(self._by_number[number].record):
-                view = self._views[uuid]
-                for row, times in enumerate((start, first, end)):
-                    energy[row] += view.timeline.energies_at(times)
-                    off[row] += brackets(view, times)
-            prefill = _part(table.prefill(chosen), energy[1] - energy[0])
-            decode = _part(table.decode(chosen), energy[2] - energy[1])
-            total[mine] = prefill * off[0] + np.abs(prefill - decode) * off[1] + decode * off[2]
-        return np.minimum(total, table.joules(slots))
 
     def expire(self, now_ns: int) -> None:
         """Give up on requests and orphans that nobody has heard of for too long, and forget old answers."""
@@ -885,7 +748,7 @@ class Ledger:
             inference.status,
             values=values,
             output=inference.usage.output,
-            method=method_of(int(self._methods(slot)[0])),
+            method=method_of(int(methods(table, slot, self._by_number)[0])),
             final=False,
             arrival_ns=start_ns if inference.arrival_ns is None else inference.arrival_ns,
             end_ns=end_ns,
@@ -910,11 +773,11 @@ class Ledger:
             unattributed_joules={uuid: self._unattributed.get(uuid, 0.0) for uuid in self._device_joules}
             | self._unattributed,
             pending_joules={engine.engine_id: self._pending(engine) for engine in self._by_number},
-            request_joules={model: histogram.buckets() for model, histogram in self._histograms.items()},
-            requests=dict(self._requests),
+            request_joules={model: histogram.buckets() for model, histogram in self._tally.histograms.items()},
+            requests=dict(self._tally.requests),
             in_flight={engine.engine_id: count[engine.number] for engine in self._by_number},
-            tokens=dict(self._tokens),
-            units=dict(self._units),
+            tokens=dict(self._tally.tokens),
+            units=dict(self._tally.units),
             coverage={engine.engine_id: _coverage(engine) for engine in self._by_number},
         )
 
@@ -947,58 +810,13 @@ class Ledger:
             },
             unattributed_joules=dict(self._unattributed),
             unclaimed_joules=unclaimed,
-            tenants=self._dumped_tenants(),
+            tenants=self._tally.tenants(),
             histograms={
-                model: HistogramState(list(one.counts), one.total_joules) for model, one in self._histograms.items()
+                model: HistogramState(list(one.counts), one.total_joules)
+                for model, one in self._tally.histograms.items()
             },
-            in_flight=self._dumped_requests(),
+            in_flight=requests_of(self._table, [engine.engine_id for engine in self._by_number]),
         )
-
-    def _dumped_tenants(self) -> dict[str, TenantState]:
-        states: dict[str, TenantState] = {}
-
-        def state(model: str, tenant: str) -> TenantState:
-            return states.setdefault(f"{model}\x1f{tenant}", TenantState(model, tenant, {}, {}, {}))
-
-        for (model, tenant, status), count in self._requests.items():
-            state(model, tenant).requests[status] = count
-        for (model, tenant, direction), count in self._tokens.items():
-            state(model, tenant).tokens[direction] = count
-        for (model, tenant, unit), count in self._units.items():
-            state(model, tenant).units[unit] = count
-        return states
-
-    def _dumped_requests(self) -> dict[int, InFlightState]:
-        table = self._table
-        live = [one for one in table.inferences if one is not None]
-        slots = np.array([one.slot for one in live], np.int64)
-        times = [getattr(table, name)[slots].tolist() for name in ("start_ns", "first_token_ns", "end_ns", "seen_ns")]
-        tokens, accounts = table.tokens[slots].tolist(), table.account[slots].tolist()
-        joules = np.stack([getattr(table, name)[slots] for name in JOULE_COLUMNS], axis=1).tolist()
-        return {
-            one.slot: InFlightState(
-                request_id=one.request_id,
-                engine_id=self._by_number[one.engine].engine_id,
-                attempt=one.attempt,
-                described=one.described,
-                model=one.model,
-                tenant=one.tenant,
-                trace_id=one.trace_id,
-                arrival_ns=one.arrival_ns,
-                status=one.status,
-                usage=one.usage,
-                start_ns=_known(start_ns),
-                first_token_ns=_known(first_ns),
-                end_ns=_known(end_ns),
-                seen_ns=seen_ns,
-                tokens=None if isnan(prompt) else prompt,
-                account=None if account == NO_ACCOUNT else account,
-                joules=tuple(parts),
-            )
-            for one, start_ns, first_ns, end_ns, seen_ns, prompt, account, parts in zip(
-                live, *times, tokens, accounts, joules, strict=True
-            )
-        }
 
     @classmethod
     def restore(
@@ -1025,42 +843,22 @@ class Ledger:
             ledger._accounts.prefill[number] += one.prefill
             ledger._accounts.decode[number] += one.decode
             ledger._accounts.idle[number] += one.idle
-        for key in state.tenants.values():
-            for status, count in key.requests.items():
-                ledger._requests[key.model, key.tenant, status] = count
-            for direction, count in key.tokens.items():
-                ledger._tokens[key.model, key.tenant, direction] = count
-            for unit, count in key.units.items():
-                ledger._units[key.model, key.tenant, unit] = count
-        for model, histogram in state.histograms.items():
-            kept = ledger._histograms[model] = JoulesHistogram()
-            kept.counts, kept.total_joules = list(histogram.counts), histogram.total_joules
+        ledger._tally = Tally.restored(state.tenants.values(), state.histograms)
         for request in sorted(state.in_flight.values(), key=lambda one: one.seen_ns):
             ledger._restore_request(request, state.accounts)
         return ledger
 
     def _restore_request(self, state: InFlightState, accounts: Mapping[int, AccountState]) -> None:
         engine = self._engines[state.engine_id]
-        inference = self._table.open(state.request_id, state.attempt, engine.number)
-        if inference is None:
-            # The configuration allows fewer than before: what it was charged stays, the rest is nobody's.
-            unpaid = sum(state.joules[:4]) - state.joules[-1] - state.joules[-2]
-            self._unattributed[""] = self._unattributed.get("", 0.0) + max(0.0, unpaid)
-            return
-        inference.described = state.described
-        inference.model, inference.tenant, inference.trace_id = state.model, state.tenant, state.trace_id
-        inference.arrival_ns, inference.status, inference.usage = state.arrival_ns, state.status, state.usage
-        table, slot = self._table, inference.slot
-        for name in ("start_ns", "first_token_ns", "end_ns"):
-            value = getattr(state, name)
-            getattr(table, name)[slot] = NEVER if value is None else value
-        table.seen_ns[slot] = state.seen_ns
-        table.tokens[slot] = np.nan if state.tokens is None else state.tokens
+        number = NO_ACCOUNT
         if state.account is not None:
             account = accounts[state.account]
-            table.account[slot] = self._accounts.number(account.model, account.tenant, account.engine_id)
-        for name, joules in zip(JOULE_COLUMNS, state.joules, strict=True):
-            getattr(table, name)[slot] = joules
+            number = self._accounts.number(account.model, account.tenant, account.engine_id)
+        inference = restore_request(state, self._table, engine.number, number)
+        if inference is None:
+            # The configuration allows fewer than before: what was charged stays, the rest is nobody's.
+            self._lose(engine, unpaid_joules(state))
+            return
         earlier = engine.ids.get(state.request_id)
         if earlier is not None:
             engine.superseded.setdefault(state.request_id, []).append(earlier)
@@ -1123,17 +921,3 @@ def _unexplained(track: BusyTrack, edges: Int64s, actives: Sequence[Bools], last
 
 def _note(engine: Engine, uuid: str, joules: float) -> None:
     engine.device_joules[uuid] = engine.device_joules.get(uuid, 0.0) + joules
-
-
-def _part(joules: Float64s, of: Float64s) -> Float64s:
-    """Return the quotient, at most 1."""
-    part: Float64s = np.minimum(np.divide(joules, of, out=np.zeros(len(of)), where=of > 0), 1.0)
-    return part
-
-
-def _increase(totals: dict[_Key, int], key: _Key, by: int) -> None:
-    totals[key] = totals.get(key, 0) + by
-
-
-def _known(time_ns: int) -> int | None:
-    return None if time_ns >= NEVER else time_ns

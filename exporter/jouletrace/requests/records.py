@@ -5,6 +5,7 @@ fields are ignored). All times are wall-clock epoch nanoseconds of the sending m
 """
 
 from enum import StrEnum
+from itertools import pairwise
 from typing import Annotated
 
 import msgspec
@@ -173,7 +174,7 @@ def check_request(record: RequestRecord) -> None:
         ("end_ns", record.end_ns),
     )
     known = [(name, value) for name, value in order if value is not None]
-    for (before, earlier), (after, later) in zip(known, known[1:], strict=False):
+    for (before, earlier), (after, later) in pairwise(known):
         if later < earlier:
             raise RecordError(f"{after}: lies before {before}")
     usage = record.usage

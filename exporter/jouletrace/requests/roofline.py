@@ -3,7 +3,7 @@
 Reading the weights once costs `a`, computing a prompt token costs `c_p`, and a decoding sequence costs its compute
 and the reading of its context. Time is bytes over reachable bandwidth or operations over reachable compute; energy
 is time times the power drawn at that limit. The constants are measured on an H200; on the chunked recording's model
-the prior meets the calibrated coefficients within 20 %.
+the prior meets the calibrated coefficients within 10 %.
 """
 
 from dataclasses import dataclass

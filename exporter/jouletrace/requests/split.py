@@ -158,7 +158,7 @@ class Boundaries:
         prompts = prompts[np.argsort(first_token_ns[prompts], kind="stable")]
         if not len(prompts):
             none, nothing = np.empty(0, np.int64), np.empty(0)
-            return Boundaries(decode_from, end_ns, group, tokens, none, none, nothing, none)
+            return Boundaries(decode_from, np.maximum(end_ns, decode_from), group, tokens, none, none, nothing, none)
         first = first_token_ns[prompts]
         heads = np.flatnonzero(np.concatenate(([True], np.diff(first) > SAME_STEP_NS)))
         tails = np.concatenate((heads[1:], [len(prompts)])) - 1
@@ -262,6 +262,25 @@ def split_boundaries(
     curves = [np.concatenate(([0.0], np.cumsum(curve))) for curve in (decode_fixed, decode_marginal)]
     decoded = [curve[seen.decode_last] - curve[seen.decode_first] for curve in curves]
     return Shares(*_among_members(boundaries, group_fixed, group_marginal), *decoded)
+
+
+def company(
+    joules: Float64s, boundaries: Boundaries, seen: Activity, edges: Int64s
+) -> tuple[Float64s, Float64s, Float64s]:
+    """Return what went on while each request decoded: joules, sequence-seconds and prompt tokens, shapes (requests,).
+
+    A prompt's tokens are spread over its prefill by energy.
+    """
+    in_group = seen.group >= 0
+    at = seen.group[in_group]
+    spent = sums(at, joules[in_group], len(boundaries.group_tokens))
+    part = np.divide(joules[in_group], spent[at], out=np.zeros(len(at)), where=spent[at] > 0)
+    tokens = np.zeros(len(joules))
+    tokens[in_group] = part * boundaries.group_tokens[at]
+    rates = (joules, seen.decodes * np.diff(edges) / 1e9, tokens)
+    curves = [np.concatenate(([0.0], np.cumsum(rate))) for rate in rates]
+    energy, sequences, prompts = (curve[seen.decode_last] - curve[seen.decode_first] for curve in curves)
+    return energy, sequences, prompts
 
 
 def _chunks(joules: Float64s, steady: Float64s, group: Int64s, tokens: Float64s, token_joules: float) -> Float64s:

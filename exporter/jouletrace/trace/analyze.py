@@ -1,5 +1,6 @@
 """The daemon's own energy account, run offline over a recording."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,8 +225,20 @@ def render_table(result: Mapping[str, Any]) -> str:
     if counter:
         total += f"; hardware counter {counter:,.1f} J ({100 * (energy / counter - 1):+.3f} %)"
     lines.append(total)
+    lines += _account_lines(result)
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines) + "\n"
+
+
+def _account_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return where the joules went, in a line, and the requests by method."""
+    ledger = result["ledger"]
+    lines = [
+        f"requests {ledger['attributed_joules']:,.1f} J, parked {ledger['idle_joules']['parked']:,.1f} J, "
+        f"bare idle {ledger['idle_joules']['bare']:,.1f} J, nobody {ledger['unattributed_joules']:,.1f} J"
+    ]
+    methods = Counter(one["method"] for one in result["requests"])
+    return lines + [f"{count} requests by {method}" for method, count in methods.most_common()]
 
 
 def _percent(bound_joules: float, joules: float) -> str:

@@ -136,7 +136,9 @@ class Api:
                 "Only clients on this machine are answered; set ingest.token_file to let others in, with the token.",
             )
         scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token):
+        if scheme.lower() == "bearer" and hmac.compare_digest(
+            given.strip().encode(errors="surrogateescape"), self._token
+        ):
             return None
         return _problem(
             401,

@@ -1,0 +1,201 @@
+"""The request side of the daemon as one service: records in, the account out.
+
+Wires the ledger to what feeds it (HTTP API, Unix sockets), to the devices' timelines and to its journal.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import structlog
+from aiohttp import web
+
+from jouletrace.clock import Clock
+from jouletrace.config import Config, ConfigError
+from jouletrace.energy.baseline import QUIET_ACTIVITY
+from jouletrace.engines.sockets import MODES, DatagramServer, StreamServer
+from jouletrace.gpu.readings import ProcessReading
+from jouletrace.gpu.sampler import LiveDevice
+from jouletrace.requests.account import LedgerSnapshot, Taken
+from jouletrace.requests.devices import BusyTrack, DeviceView
+from jouletrace.requests.inbox import Events, Inbox
+from jouletrace.requests.journal import Journal, JournalError
+from jouletrace.requests.law import Law, LawBook, PrefillSchedule
+from jouletrace.requests.ledger import Ledger, Limits
+from jouletrace.requests.records import EngineRecord
+from jouletrace.requests.service import LedgerService
+from jouletrace.requests.state import LedgerState
+from jouletrace.web.api import Api
+from jouletrace.workloads.processes import lineage
+
+_log = structlog.get_logger(__name__)
+
+
+class LawsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file of `ledger.laws_file`: laws by engine id and by model, as `jouletrace calibrate` prints them."""
+
+    engines: dict[str, Law] = {}
+    models: dict[str, Law] = {}
+    schedules: dict[str, PrefillSchedule] = {}
+
+
+def read_laws(file: str) -> LawBook:
+    """Return the laws of a JSON or YAML file; raises ConfigError with one line."""
+    if not file:
+        return LawBook()
+    try:
+        laws = msgspec.yaml.decode(Path(file).read_bytes(), type=LawsFile)
+    except OSError as failure:
+        raise ConfigError(
+            f"ledger.laws_file: {file} cannot be read ({failure.strerror}); name a file that is there"
+        ) from None
+    except (msgspec.DecodeError, ValueError) as failure:
+        problem = " ".join(str(failure).split())
+        raise ConfigError(f"ledger.laws_file: {file}: {problem}; `jouletrace calibrate` prints a law") from None
+    return LawBook(engines=laws.engines, models=laws.models, schedules=laws.schedules)
+
+
+class Accounting:
+    """The services around the ledger. `live` says what the devices are now; called from a worker thread."""
+
+    def __init__(self, config: Config, clock: Clock, live: Callable[[], Sequence[LiveDevice]]) -> None:
+        self._config = config
+        self._live = live
+        self._pids: dict[str, int] = {}
+        self.token = config.ingest.token()
+        self._inbox = Inbox(int(config.ingest.queue_records))
+        limits = Limits(
+            in_flight=int(config.ledger.in_flight_requests),
+            settled=int(config.ledger.settled_requests),
+            tenants_per_model=int(config.ledger.tenants_per_model),
+        )
+        laws = read_laws(config.ledger.laws_file)
+        self._journal: Journal[LedgerState] | None = Journal(Path(config.state_dir), LedgerState)
+        state: LedgerState | None = None
+        try:
+            state = self._journal.open()
+        except JournalError as failure:
+            _log.warning("the account cannot be saved, a restart will begin anew", problem=str(failure))
+            self._journal = None
+        self._service: LedgerService[Mapping[str, DeviceView], LedgerState] = LedgerService(
+            _PlacedLedger.begin(state, limits, laws, clock.now_ns(), self._placed),
+            self._inbox,
+            clock=clock,
+            devices=self._views,
+            journal=self._journal,
+        )
+        self._api = Api(
+            self._service,
+            self._inbox,
+            clock=clock,
+            token=self.token,
+            max_body_bytes=int(config.ingest.max_body_mebibytes) << 20,
+        )
+        self._stream, self._datagram = StreamServer(self._inbox), DatagramServer(self._inbox)
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def snapshot(self) -> LedgerSnapshot:
+        """The account as last settled."""
+        return self._service.snapshot
+
+    def events(self) -> Events:
+        """Return the counts of records."""
+        return self._inbox.events()
+
+    def routes(self) -> Sequence[web.AbstractRouteDef]:
+        """Return the routes of the HTTP API."""
+        return self._api.routes()
+
+    async def start(self, on_end: Callable[[BaseException], None]) -> None:
+        """Open the sockets and begin to settle; raises SocketError. `on_end` hears of a service that died."""
+        ingest = self._config.ingest
+        mode = MODES[ingest.socket_access]
+        if ingest.stream_path is not None:
+            await self._stream.start(ingest.stream_path, mode)
+        if ingest.datagram_path is not None:
+            await self._datagram.start(ingest.datagram_path, mode)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            failure = None if task.cancelled() else task.exception()
+            if failure is not None:
+                on_end(failure)
+
+        self._serving = asyncio.create_task(self._service.run())
+        self._serving.add_done_callback(ended)
+
+    async def stop(self) -> None:
+        """Take no more records, book what came, settle and save a last time."""
+        await self._stream.stop()
+        await self._datagram.stop()
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait({self._serving})
+        if self._journal is not None:
+            self._journal.close()
+
+    def _placed(self, record: EngineRecord) -> EngineRecord:
+        """Return an engine with its devices filled in by the processes that hold them."""
+        if record.pid is None:
+            return record
+        self._pids[record.engine_id] = record.pid
+        if record.gpu_uuids:
+            return record
+        held = tuple(
+            device.uuid
+            for device in self._live()
+            if any(record.pid in lineage(process.pid) for process in device.processes or ())
+        )
+        return msgspec.structs.replace(record, gpu_uuids=held) if held else record
+
+    def _views(self) -> Mapping[str, DeviceView]:
+        return {device.uuid: self._view(device) for device in self._live()}
+
+    def _view(self, device: LiveDevice) -> DeviceView:
+        busy = None
+        if device.activities:
+            end_ns, ratios = zip(*device.activities, strict=True)
+            busy = BusyTrack(np.array(end_ns, np.int64), np.array(ratios) > QUIET_ACTIVITY)
+        return DeviceView(device.timeline, device.held, busy, self._shares(device.processes or ()))
+
+    def _shares(self, processes: Sequence[ProcessReading]) -> Mapping[str, float] | None:
+        """Return the SM-time share by engine where several processes share a device."""
+        shares: dict[str, float] = {}
+        for process in processes:
+            if process.sm_ratio is None:
+                continue
+            line = lineage(process.pid)
+            for engine_id, pid in self._pids.items():
+                if pid in line:
+                    shares[engine_id] = shares.get(engine_id, 0.0) + process.sm_ratio
+        return shares or None
+
+
+class _PlacedLedger(Ledger):
+    """A ledger that asks where an engine runs when it does not say."""
+
+    _place: Callable[[EngineRecord], EngineRecord]
+
+    @classmethod
+    def begin(
+        cls,
+        state: LedgerState | None,
+        limits: Limits,
+        laws: LawBook,
+        start_ns: int,
+        place: Callable[[EngineRecord], EngineRecord],
+    ) -> "Ledger":
+        """Return a new ledger, or one that goes on from a state."""
+        if state is None:
+            ledger: Ledger = cls(limits, laws, start_ns=start_ns)
+        else:
+            ledger = cls.restore(state, limits, laws, start_ns=start_ns)
+        assert isinstance(ledger, cls)
+        ledger._place = place
+        return ledger
+
+    def add_engine(self, record: EngineRecord, now_ns: int) -> Taken:
+        """Book an engine, with its devices found by its processes when it names none."""
+        return super().add_engine(self._place(record), now_ns)

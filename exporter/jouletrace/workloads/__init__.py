@@ -1,0 +1,1 @@
+"""Who runs on a device: processes, and what they belong to."""
