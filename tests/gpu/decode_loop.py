@@ -14,8 +14,11 @@ import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY = 32, 4096, 32, 8, 128, 14336, 128256
 
 
-def make_step(batch: int, context: int) -> torch.cuda.CUDAGraph:
-    """Return a graph of one decode step for `batch` sequences with `context` tokens each."""
+def make_step(batch: int, context: int) -> tuple[torch.cuda.CUDAGraph, object]:
+    """Return a graph of one decode step for `batch` sequences with `context` tokens each, and what it works on.
+
+    A graph holds addresses, not tensors: keep the second as long as the first.
+    """
 
     def weight(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
@@ -58,7 +61,7 @@ def make_step(batch: int, context: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         step()
-    return graph
+    return graph, (layers, head, hidden)
 
 
 def timed_steps(graph: torch.cuda.CUDAGraph, seconds: float) -> list[float]:
@@ -96,13 +99,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=1024)
     options = parser.parse_args()
-    graph = make_step(options.batch, options.context)
+    graph, kept = make_step(options.batch, options.context)
     timed_steps(graph, 3.0)
     print("ready", flush=True)
     while True:
         try:
             line = input()
         except EOFError:
+            del kept
             return
         print(json.dumps(summary(timed_steps(graph, float(line)))), flush=True)
 

@@ -109,9 +109,11 @@ class Model:
             forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
+        # NCCL's own thread must not end the capture.
+        with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             forward()
-        return graph, caches
+        # A graph holds addresses, not tensors: what it reads and writes must live as long as it does.
+        return graph, (hidden, caches)
 
 
 @dataclass

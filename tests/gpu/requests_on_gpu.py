@@ -133,9 +133,14 @@ def fetch(url: str) -> str:
         return str(answer.read().decode())
 
 
-def recorded(path: Path) -> subprocess.Popen[bytes]:
-    """Start recording all GPUs."""
-    process = subprocess.Popen(jouletrace("record", "-o", str(path)))
+def chosen(engine: Engine) -> str:
+    """Return the flag that picks the engine's GPUs."""
+    return "--devices=" + ",".join(map(str, range(engine.world)))
+
+
+def recorded(engine: Engine, path: Path) -> subprocess.Popen[bytes]:
+    """Start recording the engine's GPUs."""
+    process = subprocess.Popen(jouletrace("record", chosen(engine), "-o", str(path)))
     time.sleep(4.0)
     return process
 
@@ -144,7 +149,7 @@ def grid(engine: Engine, folder: Path) -> None:
     """Run steady steps while recording, and add what ran to the recording's events."""
     from jouletrace.trace import recording
 
-    recorder = recorded(folder / "grid.json.gz")
+    recorder = recorded(engine, folder / "grid.json.gz")
     events: list[dict[str, Any]] = []
     for prefill, decode in GRID:
         start_ns, end_ns, steps = engine.steady(prefill, decode, GRID_SECONDS)
@@ -169,7 +174,7 @@ def serve(engine: Engine, folder: Path, seconds: float) -> None:
     steady = str(min(folder.glob("grid*.json.gz")))
     law = subprocess.run(jouletrace("calibrate", steady), capture_output=True, text=True, check=False)
     (folder / "law.txt").write_text(law.stdout + law.stderr)
-    arguments = ["--web.listen-address=127.0.0.1:9841", f"--state-dir={folder / 'state'}"]
+    arguments = ["--web.listen-address=127.0.0.1:9841", f"--state-dir={folder / 'state'}", chosen(engine)]
     if law.returncode == 0:
         (folder / "laws.json").write_text(json.dumps({"engines": {ENGINE_ID: json.loads(law.stdout)["law"]}}))
         arguments.append(f"--ledger.laws-file={folder / 'laws.json'}")
@@ -181,7 +186,7 @@ def serve(engine: Engine, folder: Path, seconds: float) -> None:
                 break
         except OSError:
             time.sleep(0.1)
-    recorder = recorded(folder / "serve.json.gz")
+    recorder = recorded(engine, folder / "serve.json.gz")
     pynvml.nvmlInit()
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(engine.world)]
     uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]

@@ -19,9 +19,10 @@ from jouletrace.requests.devices import DeviceView
 from jouletrace.requests.inbox import Inbox, Origin
 from jouletrace.requests.journal import Journal
 from jouletrace.requests.law import LawBook
-from jouletrace.requests.ledger import Ledger, LedgerState, Limits
+from jouletrace.requests.ledger import Ledger, Limits
 from jouletrace.requests.records import EngineRecord, Record, RequestRecord, Status, StepRecord, Usage
 from jouletrace.requests.service import LedgerService
+from jouletrace.requests.state import LedgerState
 
 
 def request(number: int, **fields: Any) -> RequestRecord:

@@ -75,9 +75,6 @@ class InFlight:
         self.paid_decode = np.zeros(size)
         """What its account has been charged already."""
 
-    def __len__(self) -> int:
-        return len(self.inferences) - 1 - len(self._free)
-
     def open(self, request_id: str, attempt: int, engine: int) -> Inference | None:
         """Return a new request with everything unknown, or None when no slot is free."""
         if not self._free:

@@ -36,9 +36,6 @@ class Settled:
         self._oldest = 0
         self._count = 0
 
-    def __len__(self) -> int:
-        return len(self._row_by_key)
-
     def add(
         self,
         keys: Sequence[tuple[int, str]],

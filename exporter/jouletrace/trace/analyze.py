@@ -224,8 +224,8 @@ def render_table(result: Mapping[str, Any]) -> str:
     total = f"energy {energy:,.1f} J from {result['energy_source']}"
     if counter:
         total += f"; hardware counter {counter:,.1f} J ({100 * (energy / counter - 1):+.3f} %)"
-    lines.append(total)
     lines += _account_lines(result)
+    lines.append(total)
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines) + "\n"
 
