@@ -25,6 +25,7 @@ from jouletrace.requests.journal import Journal, JournalError
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule
 from jouletrace.requests.ledger import Ledger, Limits
 from jouletrace.requests.records import EngineRecord
+from jouletrace.requests.roofline import PEAKS, ModelDescription, peak_of, prior
 from jouletrace.requests.service import LedgerService
 from jouletrace.requests.state import LedgerState
 from jouletrace.web.api import Api
@@ -34,11 +35,28 @@ _log = structlog.get_logger(__name__)
 
 
 class LawsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file of `ledger.laws_file`: laws by engine id and by model, as `jouletrace calibrate` prints them."""
+    """The file of `ledger.laws_file`."""
 
     engines: dict[str, Law] = {}
+    """Laws by engine id, as `jouletrace calibrate` prints them."""
     models: dict[str, Law] = {}
+    """Laws by model."""
     schedules: dict[str, PrefillSchedule] = {}
+    """How an engine runs prompts, by engine id, where its kind says otherwise."""
+    descriptions: dict[str, ModelDescription] = {}
+    """Models without a law: a roofline prior is made from what their config.json says and from `gpu`."""
+    gpu: str = ""
+    """The GPU of the descriptions' priors, one of `roofline.PEAKS`."""
+
+    def book(self) -> LawBook:
+        """Return the laws; raises ValueError when descriptions have no known GPU."""
+        priors: dict[str, Law] = {}
+        if self.descriptions:
+            peak = peak_of(self.gpu)
+            if peak is None:
+                raise ValueError(f"gpu: {self.gpu!r} is not one of {', '.join(PEAKS)}, which descriptions need")
+            priors = {model: prior(description, peak) for model, description in self.descriptions.items()}
+        return LawBook(engines=self.engines, models={**priors, **self.models}, schedules=self.schedules)
 
 
 def read_laws(file: str) -> LawBook:
@@ -46,7 +64,8 @@ def read_laws(file: str) -> LawBook:
     if not file:
         return LawBook()
     try:
-        laws = msgspec.yaml.decode(Path(file).read_bytes(), type=LawsFile)
+        # Not strict: YAML 1.1 takes 8.03e9 for a word.
+        return msgspec.yaml.decode(Path(file).read_bytes(), type=LawsFile, strict=False).book()
     except OSError as failure:
         raise ConfigError(
             f"ledger.laws_file: {file} cannot be read ({failure.strerror}); name a file that is there"
@@ -54,7 +73,6 @@ def read_laws(file: str) -> LawBook:
     except (msgspec.DecodeError, ValueError) as failure:
         problem = " ".join(str(failure).split())
         raise ConfigError(f"ledger.laws_file: {file}: {problem}; `jouletrace calibrate` prints a law") from None
-    return LawBook(engines=laws.engines, models=laws.models, schedules=laws.schedules)
 
 
 class Accounting:

@@ -463,7 +463,8 @@ class Ledger(Section, frozen=True):
         _Text("FILE", "(/.*)?", "an absolute path, or nothing"),
         Meta(
             description="A JSON or YAML file with step-energy laws by engine id (`engines`) or model (`models`), as "
-            "`jouletrace calibrate` prints them; if empty, a roofline prior is used."
+            "`jouletrace calibrate` prints them, or model descriptions for a roofline prior; if empty, that of an 8B "
+            "model on an H200 is used."
         ),
     ] = ""
     in_flight_requests: Annotated[
