@@ -20,6 +20,7 @@ import msgspec
 import jouletrace
 from jouletrace import config as configuration
 from jouletrace import logs
+from jouletrace.accounting import read_laws
 from jouletrace.config import Config, ConfigError
 from jouletrace.daemon import (
     EXIT_FINE,
@@ -151,6 +152,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check_config(options: argparse.Namespace) -> int:
     config = _load(options)
+    # The files that it names are part of it.
+    config.ingest.token()
+    read_laws(config.ledger.laws_file)
     sys.stdout.write(configuration.to_yaml(config) if options.print_config else "the configuration is fine\n")
     return EXIT_FINE
 

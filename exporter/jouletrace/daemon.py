@@ -9,6 +9,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from jouletrace.accounting import Accounting
@@ -126,6 +127,9 @@ class Daemon:
     """Builds the services from a configuration and runs them until a signal or until one of them dies."""
 
     def __init__(self, config: Config) -> None:
+        if config.replay_file is not None:
+            # A replay's levels and account must not turn up on the real node.
+            config = msgspec.structs.replace(config, state_dir=str(Path(config.state_dir) / "replay"))
         self._config = config
         self._state = StateDirectory(Path(config.state_dir))
         self._source = make_source(config)

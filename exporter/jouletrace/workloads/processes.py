@@ -14,10 +14,11 @@ def lineage(pid: int, proc: Path = Path("/proc")) -> list[int]:
     line: list[int] = []
     while pid > 0 and len(line) < DEEPEST:
         try:
-            stat = (proc / str(pid) / "stat").read_text()
+            stat = (proc / str(pid) / "stat").read_bytes()
         except OSError:
             break
         line.append(pid)
-        # The name in parentheses may hold anything, a parenthesis too; the parent is the second word after it.
-        pid = int(stat.rpartition(")")[2].split()[1])
+        # The name in parentheses may hold anything, parentheses and halves of characters too; the parent is the
+        # second word after it.
+        pid = int(stat.rpartition(b")")[2].split()[1])
     return line
