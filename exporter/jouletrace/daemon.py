@@ -222,7 +222,11 @@ class Daemon:
         from jouletrace.trace.recording import read  # noqa: PLC0415
 
         assert isinstance(self._source, ReplaySource)
-        engine = RecordedEngine(read(file, streams=None), self._source, url, token=token)
+        try:
+            engine = RecordedEngine(read(file), self._source, url, token=token)
+        except RecordingError:
+            # The sampler opens the same file and says what is wrong with it.
+            return None
         return asyncio.create_task(engine.run())
 
     def _end(self, failure: BaseException | None) -> None:
