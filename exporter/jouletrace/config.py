@@ -498,7 +498,7 @@ class Sampling(Section, frozen=True):
             le=60.0,
             description="How often the part of the time with any kernel running (GPM) is read; takes 2 ms each.",
         ),
-    ] = 10.0
+    ] = 30.0
     state_interval: Annotated[
         Duration,
         Meta(ge=0.1, le=60.0, description="How often clocks, temperatures, memory and throttle state are read."),

@@ -182,7 +182,7 @@ def test_conservation(
             ledger.expire(now_ns + rng.choice((0, 400 * S, 2000 * S)))
         if turn in breaks:
             state = msgspec.msgpack.decode(msgspec.msgpack.encode(ledger.dump()), type=LedgerState)
-            ledger = Ledger.restore(state, limits, book, default_tenant="nobody")
+            ledger = Ledger.restore(state, limits, book, default_tenant="nobody", start_ns=now_ns)
         assert residual(ledger) < 1e-9
         after = counters(ledger.snapshot())
         for key, value in before.items():

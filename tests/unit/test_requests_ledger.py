@@ -334,6 +334,39 @@ def test_work_without_requests_is_unattributed_and_waiting_requests_burn_nothing
     assert sum(seen.attributed_joules.values()) == pytest.approx(0, abs=30)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_activity_readings_that_have_stopped_say_nothing(last: bool) -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 121)], [100.0] * 120)
+    # One reading each 2 s up to 20 s, all the same; the request runs from 60 to 80 s.
+    busy = BusyTrack(START_NS + np.arange(1, 11) * 2 * S, np.full(10, last))
+    book = ledger()
+    begin = RequestRecord(
+        request_id="x", model="m", arrival_ns=START_NS + 60 * S, first_token_ns=START_NS + 60 * S
+    )
+    end = RequestRecord(request_id="x", end_ns=START_NS + 80 * S)
+    told = [(START_NS + 60 * S, begin), (START_NS + 80 * S, end)]
+    drive(book, views({"g": line}, busy), told, START_NS + 100 * S)
+    book.settle(views({"g": line}, busy), START_NS + 121 * S, close_ns=START_NS + 120 * S)
+    answer = book.price("x")
+    assert answer is not None and answer.final
+    assert answer.energy_joules == pytest.approx(2000, rel=0.01)
+    seen = book.snapshot()
+    # Believed for one more reading (2 s) and the sensor's lag of 0.1 s.
+    assert seen.unattributed_joules["g"] == pytest.approx(2210 if last else 0, abs=1)
+    assert residual(book) < 1e-9
+
+
+def test_a_pass_waits_for_activity_readings_that_come_seldom() -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 101)], [100.0] * 100)
+    book = ledger()
+    busy = BusyTrack(START_NS + np.arange(1, 10) * 10 * S, np.zeros(9, np.bool_))
+    book.settle(views({"g": line}, busy), START_NS + 110 * S)
+    # 20 s late is within three readings: settled by the last one, not by the hold of 15 s and the lag of 1 s.
+    assert book.snapshot().settled_ns == START_NS + 90 * S
+
+
 def test_duplicates_count_once_and_reused_ids_are_other_requests() -> None:
     run = Simulator(LLAMA, rate=4, seconds=10, seed=9).run()
     book = ledger()
@@ -596,7 +629,7 @@ def test_restart_goes_on_where_it_was() -> None:
     drive(book, devices, [one for one in told if one[0] <= middle], middle)
     before = book.snapshot()
     state = msgspec.msgpack.decode(msgspec.msgpack.encode(book.dump()), type=LedgerState)
-    again = Ledger.restore(state, Limits(), BOOK, default_tenant="nobody")
+    again = Ledger.restore(state, Limits(), BOOK, default_tenant="nobody", start_ns=middle)
     assert again.snapshot().attributed_joules == pytest.approx(before.attributed_joules)
     assert again.snapshot().requests == before.requests
     assert again.snapshot().tokens == before.tokens
@@ -616,6 +649,30 @@ def test_restart_goes_on_where_it_was() -> None:
         {job.request_id: run.truth[job.request_id] for job in unfinished},
     )
     assert errors[1] < 1e-6
+
+
+def test_a_clock_that_was_ahead_before_a_restart_makes_nothing_late() -> None:
+    ahead = START_NS + 3600 * S
+    line = Timeline(ahead)
+    line.extend([ahead + t * S for t in range(1, 31)], [100.0] * 30)
+    book = ledger()
+    cut = RequestRecord(request_id="cut", model="m", arrival_ns=ahead + S, first_token_ns=ahead + S)
+    book.add_request(cut, ahead + S)
+    book.settle(views({"g": line}), ahead + 30 * S)
+    again = Ledger.restore(book.dump(), Limits(), BOOK, start_ns=START_NS)
+    fresh = Timeline(START_NS)
+    fresh.extend([START_NS + t * S for t in range(1, 31)], [100.0] * 30)
+    record = RequestRecord(
+        request_id="x", model="m", arrival_ns=START_NS + S, first_token_ns=START_NS + S, end_ns=START_NS + 11 * S
+    )
+    assert again.add_request(record, START_NS + 11 * S) is Taken.ACCEPTED
+    end = RequestRecord(request_id="cut", end_ns=START_NS + S, status=Status.CANCELLED)
+    assert again.add_request(end, START_NS + 11 * S) is Taken.ACCEPTED
+    again.settle(views({"g": fresh}), START_NS + 31 * S, close_ns=START_NS + 30 * S)
+    answer = again.price("x")
+    assert answer is not None and answer.final
+    assert answer.energy_joules == pytest.approx(1000)
+    assert again.snapshot().in_flight == {"e": 0}
 
 
 def test_prefill_parts_pay_by_tokens() -> None:

@@ -91,12 +91,14 @@ async def test_one_record_an_array_and_lines() -> None:
             200,
             TAKEN | {"accepted": 2},
         )
-        assert await rig.post("/v1/steps", '{"engine_id":"e","start_ns":1,"end_ns":2,"decode":["a"]}') == (200, TAKEN)
+        now_ns = time.time_ns()
+        step = f'{{"engine_id":"e","start_ns":{now_ns - 1},"end_ns":{now_ns},"decode":["a"]}}'
+        assert await rig.post("/v1/steps", step) == (200, TAKEN)
         assert await rig.post("/v1/engines", '{"engine_id": "e", "kind": "vllm"}') == (200, TAKEN)
         records = await rig.booked()
     assert records[:5] == [RequestRecord(request_id="a")] * 5
     assert records[5:] == [
-        StepRecord(engine_id="e", start_ns=1, end_ns=2, decode=("a",)),
+        StepRecord(engine_id="e", start_ns=now_ns - 1, end_ns=now_ns, decode=("a",)),
         EngineRecord(engine_id="e", kind="vllm"),
     ]
 
@@ -200,9 +202,10 @@ async def test_the_live_form_stamps_the_time() -> None:
 
 async def test_the_live_form_believes_a_client_that_knows_better() -> None:
     async with Rig().running() as rig:
-        assert await rig.post("/v1/requests/a/finish", '{"end_ns": 5, "status": "cancelled"}') == (200, TAKEN)
+        end_ns = time.time_ns() - 60_000_000_000
+        assert await rig.post("/v1/requests/a/finish", f'{{"end_ns": {end_ns}, "status": "cancelled"}}') == (200, TAKEN)
         [record] = await rig.booked()
-        assert record == RequestRecord(request_id="a", end_ns=5, status=Status.CANCELLED)
+        assert record == RequestRecord(request_id="a", end_ns=end_ns, status=Status.CANCELLED)
         status, answer = await rig.post("/v1/requests/a/finish", '{"usage": {"output": -1}}')
         assert (status, answer["errors"]) == (
             400,
@@ -284,28 +287,101 @@ async def test_a_page_in_a_browser_is_not_a_client_on_this_machine() -> None:
         assert await rig.booked() == []
 
 
-async def test_a_unix_socket_needs_no_token(tmp_path: Path) -> None:
-    rig = Rig(token=WORD, drain=False)
-    app = web.Application()
-    app.add_routes(Api(rig.service, rig.inbox, clock=SystemClock(), token=WORD).routes())
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.UnixSite(runner, str(tmp_path / "s")).start()
-    try:
-        async with (
-            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(tmp_path / "s"))) as session,
-            session.get("http://x/v1/ledger") as response,
-        ):
-            assert response.status == 200
-    finally:
-        await runner.cleanup()
+async def test_times_that_no_account_can_have_are_reported_by_line() -> None:
+    async with Rig().running() as rig:
+        now_ns = time.time_ns()
+        fine, ahead, old = now_ns, now_ns + 12_300_000_000, now_ns - 901_000_000_000
+        steps = [{"engine_id": "e", "start_ns": at - 1, "end_ns": at, "decode": ["a"]} for at in (fine, ahead, old)]
+        late = {"line": 3, "field": "end_ns", "message": "is older than the 15 minutes that the timeline keeps"}
+        assert await rig.post("/v1/steps", "\n".join(map(json.dumps, steps))) == (
+            200,
+            {
+                "accepted": 1,
+                "dropped": {"future": 1, "late": 1},
+                "errors": [{"line": 2, "field": "end_ns", "message": "lies 12 s in the future"}, late],
+            },
+        )
+        # A request may have arrived long ago, as long as it ends now.
+        requests = [
+            {"request_id": "a", "arrival_ns": ahead},
+            {"request_id": "b", "arrival_ns": old, "end_ns": fine},
+            {"request_id": "c", "arrival_ns": old - 1, "end_ns": old},
+        ]
+        status, answer = await rig.post("/v1/requests", json.dumps(requests))
+        assert (status, answer["accepted"], answer["dropped"]) == (200, 1, {"future": 1, "late": 1})
+        assert answer["errors"] == [{"line": 1, "field": "arrival_ns", "message": "lies 12 s in the future"}, late]
+        status, answer = await rig.post("/v1/requests/d/finish", json.dumps({"end_ns": old}))
+        assert (status, answer) == (400, {"accepted": 0, "dropped": {"late": 1}, "errors": [late | {"line": 1}]})
+        assert len(await rig.booked()) == 2
+        assert rig.inbox.events() == Events({"http": 7}, {("http", "future"): 2, ("http", "late"): 3})
+
+
+async def test_records_of_an_engine_that_nobody_announced_are_reported_by_line() -> None:
+    async with Rig(drain=False).running() as rig:
+        now_ns = time.time_ns()
+        step = f'{{"engine_id": "typo", "start_ns": {now_ns - 1}, "end_ns": {now_ns}, "decode": ["a"]}}'
+        # Without any engine there is nothing to compare with: the ledger decides.
+        assert await rig.post("/v1/steps", step) == (200, TAKEN)
+        # Waiting in the inbox is as good as known.
+        assert await rig.post("/v1/engines", '{"engine_id": "e"}') == (200, TAKEN)
+        assert await rig.post("/v1/steps", step.replace("typo", "e")) == (200, TAKEN)
+        unknown = {
+            "line": 1,
+            "field": "engine_id",
+            "message": "no engine of this name is known; send it to /v1/engines first",
+        }
+        refused = {"accepted": 0, "dropped": {"unknown_engine": 1}, "errors": [unknown]}
+        assert await rig.post("/v1/steps", step) == (400, refused)
+        assert await rig.post("/v1/requests/a/start", '{"engine_id": "typo"}') == (400, refused)
+        assert await rig.post("/v1/requests/a/start") == (200, TAKEN)
+        assert rig.inbox.events().dropped == {("http", "unknown_engine"): 2}
+
+
+async def test_a_peer_without_an_address_is_not_a_client_on_this_machine(tmp_path: Path) -> None:
+    for token, expected in ((None, 403), (WORD, 401)):
+        rig = Rig(drain=False)
+        app = web.Application()
+        app.add_routes(Api(rig.service, rig.inbox, clock=SystemClock(), token=token).routes())
+        runner = web.AppRunner(app)
+        await runner.setup()
+        path = str(tmp_path / f"{expected}")
+        await web.UnixSite(runner, path).start()
+        try:
+            async with (
+                aiohttp.ClientSession(connector=aiohttp.UnixConnector(path)) as session,
+                session.get("http://localhost/v1/ledger") as response,
+            ):
+                assert response.status == expected
+        finally:
+            await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:9841", 200),
+        ("127.8.9.10:80", 200),
+        ("[::1]:9841", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:9841", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("10.0.0.1", 403),
+        ("[::1", 403),
+    ],
+)
+async def test_a_name_that_was_made_to_point_here_is_not_answered(host: str, status: int) -> None:
+    async with Rig().running() as rig:
+        assert (await rig.get("/v1/ledger", Host=host))[0] == status
+    async with Rig(token=WORD).running() as rig:
+        assert (await rig.get("/v1/ledger", Host=host, Authorization=f"Bearer {WORD}"))[0] == 200
 
 
 async def test_a_client_that_does_not_send_its_body_is_sent_away() -> None:
     async with Rig(body_seconds=0.2).running() as rig:
         host, port = rig.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"POST /v1/requests HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        writer.write(b"POST /v1/requests HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert (await asyncio.wait_for(reader.readline(), 5)).split()[1] == b"408"
         writer.close()
         assert (await rig.post("/v1/requests", '{"request_id":"a"}'))[0] == 200

@@ -390,7 +390,8 @@ class _HttpSender(_Sender):
             wait = _seconds(response.headers.get("Retry-After"))
             answer = json.loads(content)
             taken = int(answer.get("resend_from", 1)) - 1
-            refused = int(answer.get("dropped", {}).get("invalid", 0))
+            dropped = answer.get("dropped", {})
+            refused = int(sum(dropped.values()) - dropped.get("queue_full", 0))
             return [*now[taken:], *rest], refused, wait
         if response.status in (200, 400):
             return rest, int(sum(json.loads(content).get("dropped", {"all": len(now)}).values())), 0.0

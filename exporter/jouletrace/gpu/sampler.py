@@ -91,7 +91,7 @@ class Intervals:
 
     ring: float = 1.0
     activity: float = 0.5
-    graphics: float = 10.0
+    graphics: float = 30.0
     state: float = 1.0
     health: float = 10.0
     counter: float = 10.0

@@ -5,12 +5,13 @@ whoever decodes eight megabytes on an event loop can let others have their turn.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
+from jouletrace.requests.inbox import Loss
 from jouletrace.requests.records import (
     EngineRecord,
     Record,
@@ -34,6 +35,19 @@ _KINDS = ", ".join(RecordKind)
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a record that makes sense is not taken: the reason of `events_dropped_total`, and what is wrong where."""
+
+    reason: str
+    field: str
+    message: str
+
+
+Check = Callable[[Record], Refusal | None]
+"""Looks at a record that makes sense; None takes it."""
+
+
+@dataclass(frozen=True, slots=True)
 class LineError:
     """A record that was refused."""
 
@@ -42,6 +56,8 @@ class LineError:
     field: str
     """Dotted, as in `usage.output`; empty when the line as a whole is wrong."""
     message: str
+    reason: str = Loss.INVALID
+    """Of `events_dropped_total`."""
 
     def __str__(self) -> str:
         where = f"{self.field}: " if self.field else ""
@@ -81,8 +97,8 @@ class RecordDecoder:
             raise TooManyRecordsError(len(elements), self._max_records)
         return Body(self, elements)
 
-    def lines(self, lines: Sequence[bytes | msgspec.Raw], first_line: int = 1) -> Slice:
-        """Decode a record a line; blank lines are passed over."""
+    def lines(self, lines: Sequence[bytes | msgspec.Raw], first_line: int = 1, check: Check | None = None) -> Slice:
+        """Decode a record a line; blank lines are passed over, and what `check` refuses is an error."""
         decode = self._decoder.decode
         records: list[Record] = []
         errors: list[LineError] = []
@@ -100,7 +116,11 @@ class RecordDecoder:
                 if isinstance(line, msgspec.Raw) or line.strip():
                     errors.append(_explained(number, error))
             else:
-                records.append(record)
+                refusal = None if check is None else check(record)
+                if refusal is None:
+                    records.append(record)
+                else:
+                    errors.append(LineError(number, refusal.field, refusal.message, refusal.reason))
         return Slice(first_line, records, errors)
 
 
@@ -114,12 +134,13 @@ class Body:
         self._elements = elements
         self._errors = errors
 
-    def slices(self) -> Iterator[Slice]:
-        """Decode the body; a slice takes about a millisecond."""
+    def slices(self, check: Callable[[], Check] | None = None) -> Iterator[Slice]:
+        """Decode the body; a slice takes about a millisecond. `check` is asked for the check of each slice."""
         if self._errors:
             yield Slice(1, (), self._errors)
         for start in range(0, len(self._elements), SLICE_LINES):
-            yield self._decoder.lines(self._elements[start : start + SLICE_LINES], start + 1)
+            elements = self._elements[start : start + SLICE_LINES]
+            yield self._decoder.lines(elements, start + 1, None if check is None else check())
 
     def count(self, first_line: int = 1) -> int:
         """Return how many records there are from a line on, decoded or not."""

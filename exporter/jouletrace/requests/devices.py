@@ -21,40 +21,55 @@ _RECENT_ROWS = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BusyTrack:
-    """Whether work ran: `busy[i]` holds for (end_ns[i - 1], end_ns[i]], give or take `blur_ns`; end_ns increases."""
+    """Whether work ran: `busy[i]` holds for (end_ns[i - 1], end_ns[i]], give or take `blur_ns`; end_ns increases.
+
+    Behind its last reading and the blur of that nothing is known: readings may have stopped for good.
+    """
 
     end_ns: Int64s
     busy: Bools
 
     @property
+    def spacing_ns(self) -> int:
+        """How far apart the latest readings are; 0 for fewer than two."""
+        recent = np.diff(self.end_ns[-_RECENT_ROWS:])
+        return int(np.median(recent)) if len(recent) else 0
+
+    @property
     def blur_ns(self) -> int:
         """How far in time a reading may be off: a window's length and the sensor's lag."""
-        recent = np.diff(self.end_ns[-_RECENT_ROWS:])
-        return ACTIVITY_LAG_NS + (int(np.median(recent)) if len(recent) else 0)
+        return ACTIVITY_LAG_NS + self.spacing_ns
+
+    @property
+    def known_until_ns(self) -> int:
+        """Up to when the last reading may be believed."""
+        return int(self.end_ns[-1]) + self.blur_ns if len(self.end_ns) else 0
 
     def at(self, times_ns: Int64s) -> Bools:
-        """Return the flag at each time; outside the track its first and last flag hold."""
+        """Return whether work ran for certain at each time; before the track its first flag holds."""
         if not len(self.end_ns):
             return np.zeros(len(times_ns), np.bool_)
         found: Bools = self.busy[np.minimum(np.searchsorted(self.end_ns, times_ns), len(self.busy) - 1)]
-        return found
+        known: Bools = times_ns <= self.known_until_ns
+        return found & known
 
     def around(self, times_ns: Int64s) -> Bools:
-        """Return whether any work ran within the blur of each time."""
+        """Return whether any work may have run within the blur of each time."""
         if not len(self.end_ns):
-            return np.zeros(len(times_ns), np.bool_)
+            return np.ones(len(times_ns), np.bool_)
         count = np.concatenate(([0], np.cumsum(self.busy)))
         last = len(self.busy) - 1
         first = np.minimum(np.searchsorted(self.end_ns, times_ns - self.blur_ns), last)
         final = np.minimum(np.searchsorted(self.end_ns, times_ns + self.blur_ns), last)
         found: Bools = count[final + 1] > count[first]
-        return found
+        unknown: Bools = times_ns > self.known_until_ns
+        return found | unknown
 
     def changes(self, from_ns: int, until_ns: int) -> Int64s:
         """Return the times in [from_ns, until_ns] at which `at` or `around` may change."""
         turns = self.end_ns[:-1][self.busy[1:] != self.busy[:-1]]
         turns = turns[slice(*np.searchsorted(turns, [from_ns - self.blur_ns, until_ns + self.blur_ns + 1]))]
-        times = np.concatenate((turns - self.blur_ns, turns, turns + self.blur_ns))
+        times = np.concatenate((turns - self.blur_ns, turns, turns + self.blur_ns, [self.known_until_ns]))
         inside: Int64s = times[(times >= from_ns) & (times <= until_ns)]
         return inside
 

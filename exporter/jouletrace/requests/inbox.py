@@ -2,11 +2,14 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from jouletrace.requests.records import Record
+from jouletrace.requests.records import EngineRecord, Record
+
+ENGINE_IDS = 4096
+"""Engines that are remembered as announced; a node has some tens."""
 
 
 class Origin(StrEnum):
@@ -61,6 +64,12 @@ class Inbox:
         self._room.set()
         self._received: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
+        self._engine_ids: dict[str, None] = {}
+
+    @property
+    def engine_ids(self) -> Set[str]:
+        """The engines that were announced last; a live view."""
+        return self._engine_ids.keys()
 
     def __len__(self) -> int:
         return self._waiting
@@ -77,7 +86,16 @@ class Inbox:
         self._waiting += len(records)
         self._drained.clear()
         self._filled.set()
+        for record in records:
+            if type(record) is EngineRecord:
+                self._note_engine(record.engine_id)
         return True
+
+    def _note_engine(self, engine_id: str) -> None:
+        self._engine_ids.pop(engine_id, None)
+        self._engine_ids[engine_id] = None
+        if len(self._engine_ids) > ENGINE_IDS:
+            del self._engine_ids[next(iter(self._engine_ids))]
 
     def lost(self, origin: str, reason: str, count: int = 1) -> None:
         """Count records that came in and cannot be taken."""

@@ -34,6 +34,7 @@ from jouletrace.requests.state import (
     HistogramState,
     InFlightState,
     LedgerState,
+    not_after,
     requests_of,
     restore_request,
     unpaid_joules,
@@ -52,7 +53,9 @@ DEPTH_NS = 900 * S
 STALE_NS = 30 * S
 """A device whose timeline stands still this long no longer holds back the other devices of its engines."""
 BUSY_PATIENCE_NS = 5 * S
-"""How long a pass waits for the activity readings that belong to it (they come 2-5 times a second)."""
+"""How long a pass waits at least for the activity readings that belong to it (they come 2-5 times a second),"""
+BUSY_PATIENCE_READINGS = 3
+"""and for how many of them where they come more seldom."""
 COVERAGE_HALF_LIFE_S = 120.0
 SILENT_NS = 300 * S
 """An engine that has told nothing for this long is taken to have no feed."""
@@ -398,7 +401,9 @@ class Ledger:
         until = min(fresh, default=max(ends, default=0))
         for uuid in uuids:
             busy = self._views[uuid].busy
-            if busy is not None and len(busy.end_ns) and busy.end_ns[-1] > now_ns - BUSY_PATIENCE_NS:
+            if busy is None or not len(busy.end_ns):
+                continue
+            if busy.end_ns[-1] > now_ns - max(BUSY_PATIENCE_NS, BUSY_PATIENCE_READINGS * busy.spacing_ns):
                 until = min(until, int(busy.end_ns[-1]))
         return min([until, *(engine.horizon(now_ns, self._table) for engine in engines)])
 
@@ -820,17 +825,18 @@ class Ledger:
 
     @classmethod
     def restore(
-        cls, state: LedgerState, limits: Limits, laws: LawBook, *, default_tenant: str = "", start_ns: int = 0
+        cls, state: LedgerState, limits: Limits, laws: LawBook, *, default_tenant: str = "", start_ns: int
     ) -> "Ledger":
-        """Return a ledger that goes on from a state.
+        """Return a ledger that goes on from a state at `start_ns`.
 
         Energy that waited to be claimed is unattributed from now on, and the time between the two processes is not
-        in anybody's account: the new timelines do not know it.
+        in anybody's account: the new timelines do not know it. No time of the state lies behind `start_ns`: where
+        the clock was ahead before, all that comes would be late until then.
         """
         ledger = cls(limits, laws, default_tenant=default_tenant, start_ns=start_ns)
         for record, settled_ns in zip(state.engines, state.engine_settled_ns, strict=True):
-            ledger._open_engine(record, settled_ns)
-        ledger._settled_ns = dict(state.settled_ns)
+            ledger._open_engine(record, min(settled_ns, start_ns))
+        ledger._settled_ns = {uuid: min(settled_ns, start_ns) for uuid, settled_ns in state.settled_ns.items()}
         ledger._device_joules = dict(state.device_joules)
         ledger._idle = {
             (uuid, kind): joules for uuid, kinds in state.idle_joules.items() for kind, joules in kinds.items()
@@ -845,7 +851,7 @@ class Ledger:
             ledger._accounts.idle[number] += one.idle
         ledger._tally = Tally.restored(state.tenants.values(), state.histograms)
         for request in sorted(state.in_flight.values(), key=lambda one: one.seen_ns):
-            ledger._restore_request(request, state.accounts)
+            ledger._restore_request(not_after(request, start_ns), state.accounts)
         return ledger
 
     def _restore_request(self, state: InFlightState, accounts: Mapping[int, AccountState]) -> None:

@@ -125,6 +125,15 @@ def unpaid_joules(state: InFlightState) -> float:
     return max(0.0, used - parts["paid_prefill"] - parts["paid_decode"])
 
 
+def not_after(state: InFlightState, limit_ns: int) -> InFlightState:
+    """Return a request with every time that is known at most `limit_ns`."""
+    names = ("arrival_ns", "start_ns", "first_token_ns", "end_ns", "seen_ns")
+    known = {name: getattr(state, name) for name in names}
+    return msgspec.structs.replace(
+        state, **{name: min(at, limit_ns) for name, at in known.items() if at is not None}
+    )
+
+
 def restore_request(state: InFlightState, table: InFlight, engine: int, account: int) -> Inference | None:
     """Put a request back into the table, with its engine's number and its account; None when there is no room."""
     inference = table.open(state.request_id, state.attempt, engine)

@@ -5,9 +5,10 @@ import hmac
 import ipaddress
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from functools import partial
 from typing import Any, Final, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import hdrs, web
@@ -15,6 +16,7 @@ from aiohttp import hdrs, web
 from jouletrace.clock import Clock
 from jouletrace.config import parse_duration
 from jouletrace.requests.account import LedgerSnapshot, RequestEnergy
+from jouletrace.requests.admission import Admission
 from jouletrace.requests.decoding import LineError, RecordDecoder, TooManyRecordsError
 from jouletrace.requests.inbox import Events, Inbox, Loss, Origin
 from jouletrace.requests.records import RecordError, RecordKind, RequestRecord, Status, check_request
@@ -92,6 +94,7 @@ class Api:
         self._token = token.encode() if token else None
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
+        self._admission = Admission(inbox, self._settled_engines, clock)
         self._decoders = {kind: RecordDecoder(kind, max_records=max_records) for kind in RecordKind}
         self._receiving_bytes = 0
         self._waiting = 0
@@ -112,6 +115,9 @@ class Api:
             web.get("/v1/schema", self._get_schema),
         ]
 
+    def _settled_engines(self) -> Set[str]:
+        return self._answers.snapshot.in_flight.keys()
+
     # --- who may ---
 
     def _for_the_entitled(self, handler: Handler) -> Handler:
@@ -126,15 +132,21 @@ class Api:
         if hdrs.ORIGIN in request.headers:
             # A page in somebody's browser on this machine would count as a client on this machine.
             return _problem(403, "Web pages of other origins are not answered here; remove the Origin header.")
-        if _is_unix(request):
-            return None
         if self._token is None:
-            if _is_loopback(request):
-                return None
-            return _problem(
-                403,
-                "Only clients on this machine are answered; set ingest.token_file to let others in, with the token.",
-            )
+            if not _is_loopback(request):
+                return _problem(
+                    403,
+                    "Only clients on this machine are answered; set ingest.token_file to let others in, with the "
+                    "token.",
+                )
+            if not names_loopback(request.headers.get(hdrs.HOST, "")):
+                # A page whose name was made to point at this machine (DNS rebinding) sends no Origin with a GET.
+                return _problem(
+                    403,
+                    "The Host header does not name this machine's loopback; ask localhost or 127.0.0.1, or set "
+                    "ingest.token_file and send the token.",
+                )
+            return None
         scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(
             given.strip().encode(errors="surrogateescape"), self._token
@@ -159,7 +171,7 @@ class Api:
         accepted = 0
         dropped: Counter[str] = Counter()
         errors: list[LineError] = []
-        for part in body.slices():
+        for part in body.slices(self._admission.check):
             if not self._inbox.offer(Origin.HTTP, part.records):
                 left = body.count(part.first_line)
                 self._inbox.lost(Origin.HTTP, Loss.QUEUE_FULL, left)
@@ -167,8 +179,10 @@ class Api:
                 return _receipt(429, accepted, dropped, errors, resend_from=part.first_line)
             accepted += len(part.records)
             if part.errors:
-                self._inbox.lost(Origin.HTTP, Loss.INVALID, len(part.errors))
-                dropped[Loss.INVALID] += len(part.errors)
+                reasons = Counter(error.reason for error in part.errors)
+                for reason, count in reasons.items():
+                    self._inbox.lost(Origin.HTTP, reason, count)
+                dropped += reasons
                 errors += part.errors[: MAX_ERRORS - len(errors)]
             # A large body must not hold up everybody else.
             await asyncio.sleep(0)
@@ -193,8 +207,9 @@ class Api:
         given["request_id"] = msgspec.Raw(msgspec.json.encode(request.match_info["request_id"]))
         record, errors = self._decode_moment(msgspec.json.encode(given))
         if record is None:
-            self._inbox.lost(Origin.HTTP, Loss.INVALID)
-            return _receipt(400, 0, Counter({Loss.INVALID: 1}), errors)
+            reason = errors[0].reason
+            self._inbox.lost(Origin.HTTP, reason)
+            return _receipt(400, 0, Counter({reason: 1}), errors)
         if not self._inbox.offer(Origin.HTTP, [record]):
             self._inbox.lost(Origin.HTTP, Loss.QUEUE_FULL)
             return _receipt(429, 0, Counter({Loss.QUEUE_FULL: 1}), [], resend_from=1)
@@ -210,6 +225,9 @@ class Api:
             return None, [LineError(1, field, message)]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None, list(self._decoders[RecordKind.REQUEST].lines([line]).errors)
+        refusal = self._admission.check()(record)
+        if refusal is not None:
+            return None, [LineError(1, refusal.field, refusal.message, refusal.reason)]
         return record, []
 
     async def _read(self, request: web.Request) -> bytes | web.Response:
@@ -372,9 +390,13 @@ def _wait_seconds(request: web.Request) -> float | None:
         return None
 
 
-def _is_unix(request: web.Request) -> bool:
-    transport = request.transport
-    return transport is not None and not isinstance(transport.get_extra_info("peername"), tuple)
+def names_loopback(host: str) -> bool:
+    """Return whether a Host header, with or without a port, is localhost or a loopback address."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _is_loopback(request: web.Request) -> bool:

@@ -1,0 +1,74 @@
+"""What the ledger would turn down for its time or its engine, found while the sender can still be told."""
+
+from collections.abc import Callable, Set
+from typing import Final
+
+from jouletrace.clock import Clock
+from jouletrace.energy.timeline import DEPTH_NS
+from jouletrace.requests.account import Taken
+from jouletrace.requests.decoding import Refusal
+from jouletrace.requests.inbox import Inbox
+from jouletrace.requests.records import EngineRecord, Record, RequestRecord
+
+FUTURE_NS: Final = 5_000_000_000
+"""How far senders' clocks may be ahead of ours; what the ledger allows."""
+
+_KEPT = f"{DEPTH_NS // 60_000_000_000} minutes"
+
+
+class Admission:
+    """Looks at records before they are queued.
+
+    `settled_engines` returns the ids of the engines in the account. It lags by a settling, so those whose record the
+    inbox has taken are known as well. As long as there is no engine at all the ledger decides.
+    """
+
+    def __init__(self, inbox: Inbox, settled_engines: Callable[[], Set[str]], clock: Clock) -> None:
+        self._inbox = inbox
+        self._settled_engines = settled_engines
+        self._clock = clock
+
+    def check(self) -> Callable[[Record], Refusal | None]:
+        """Return a check of records that come now: None, or why one is refused."""
+        now_ns = self._clock.to_wall(self._clock.now_ns())
+        latest_ns, earliest_ns = now_ns + FUTURE_NS, now_ns - DEPTH_NS
+        announced, settled = self._inbox.engine_ids, self._settled_engines()
+
+        def refusal(record: Record) -> Refusal | None:
+            if type(record) is EngineRecord:
+                return None
+            engine_id = record.engine_id
+            if (
+                engine_id is not None
+                and engine_id not in announced
+                and engine_id not in settled
+                and (announced or settled)
+            ):
+                return Refusal(
+                    Taken.UNKNOWN_ENGINE,
+                    "engine_id",
+                    "no engine of this name is known; send it to /v1/engines first",
+                )
+            end_ns = record.end_ns
+            if end_ns is not None:
+                if earliest_ns < end_ns <= latest_ns:
+                    return None
+                if end_ns <= earliest_ns:
+                    return Refusal(Taken.LATE, "end_ns", f"is older than the {_KEPT} that the timeline keeps")
+                return _future("end_ns", end_ns - now_ns)
+            assert type(record) is RequestRecord  # A step always has its end.
+            for field, at_ns in (
+                ("first_token_ns", record.first_token_ns),
+                ("scheduled_ns", record.scheduled_ns),
+                ("arrival_ns", record.arrival_ns),
+            ):
+                if at_ns is not None:
+                    # They are in order, so the last one that is known decides.
+                    return _future(field, at_ns - now_ns) if at_ns > latest_ns else None
+            return None
+
+        return refusal
+
+
+def _future(field: str, ahead_ns: int) -> Refusal:
+    return Refusal(Taken.FUTURE, field, f"lies {ahead_ns / 1e9:.0f} s in the future")
