@@ -81,7 +81,6 @@ class Accounting:
     def __init__(self, config: Config, clock: Clock, live: Callable[[], Sequence[LiveDevice]]) -> None:
         self._config = config
         self._live = live
-        self._pids: dict[str, int] = {}
         self.token = config.ingest.token()
         self._inbox = Inbox(int(config.ingest.queue_records))
         limits = Limits(
@@ -97,8 +96,9 @@ class Accounting:
         except JournalError as failure:
             _log.warning("the account cannot be saved, a restart will begin anew", problem=str(failure))
             self._journal = None
+        self._ledger = PlacedLedger.begin(state, limits, laws, clock.now_ns(), self._placed)
         self._service: LedgerService[Mapping[str, DeviceView], LedgerState] = LedgerService(
-            _PlacedLedger.begin(state, limits, laws, clock.now_ns(), self._placed),
+            self._ledger,
             self._inbox,
             clock=clock,
             devices=self._views,
@@ -156,10 +156,7 @@ class Accounting:
 
     def _placed(self, record: EngineRecord) -> EngineRecord:
         """Return an engine with its devices filled in by the processes that hold them."""
-        if record.pid is None:
-            return record
-        self._pids[record.engine_id] = record.pid
-        if record.gpu_uuids:
+        if record.pid is None or record.gpu_uuids:
             return record
         held = tuple(
             device.uuid
@@ -185,14 +182,17 @@ class Accounting:
             if process.sm_ratio is None:
                 continue
             line = lineage(process.pid)
-            for engine_id, pid in self._pids.items():
-                if pid in line:
-                    shares[engine_id] = shares.get(engine_id, 0.0) + process.sm_ratio
+            for engine in self._ledger.engines:
+                if engine.pid in line:
+                    shares[engine.engine_id] = shares.get(engine.engine_id, 0.0) + process.sm_ratio
         return shares or None
 
 
-class _PlacedLedger(Ledger):
-    """A ledger that asks where an engine runs when it does not say."""
+class PlacedLedger(Ledger):
+    """A ledger that asks where an engine runs when it does not say, again and again until it is known.
+
+    A process holds no GPU yet while it imports and reads its model.
+    """
 
     _place: Callable[[EngineRecord], EngineRecord]
 
@@ -204,7 +204,7 @@ class _PlacedLedger(Ledger):
         laws: LawBook,
         start_ns: int,
         place: Callable[[EngineRecord], EngineRecord],
-    ) -> "Ledger":
+    ) -> "PlacedLedger":
         """Return a new ledger, or one that goes on from a state."""
         if state is None:
             ledger: Ledger = cls(limits, laws, start_ns=start_ns)
@@ -217,3 +217,10 @@ class _PlacedLedger(Ledger):
     def add_engine(self, record: EngineRecord, now_ns: int) -> Taken:
         """Book an engine, with its devices found by its processes when it names none."""
         return super().add_engine(self._place(record), now_ns)
+
+    def settle(self, devices: Mapping[str, DeviceView], now_ns: int, *, close_ns: int | None = None) -> None:
+        """Settle, after another look for the devices of engines that had none."""
+        for record in self.engines:
+            if not record.gpu_uuids:
+                self.place(self._place(record))
+        super().settle(devices, now_ns, close_ns=close_ns)

@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from jouletrace.accounting import read_laws
+from jouletrace.accounting import PlacedLedger, read_laws
 from jouletrace.config import ConfigError
-from jouletrace.requests.law import Law, PrefillSchedule, Provenance
+from jouletrace.energy.timeline import Timeline
+from jouletrace.requests.devices import DeviceView
+from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
+from jouletrace.requests.ledger import Limits
+from jouletrace.requests.records import EngineRecord, RequestRecord
 
+S = 1_000_000_000
 LLAMA = "{parameters: 8.03e9, layers: 32, kv_heads: 8, head_dim: 128}"
 
 
@@ -65,3 +71,30 @@ def test_a_missing_laws_file_is_one_line(tmp_path: Path) -> None:
 
 def test_no_file_means_the_generic_prior() -> None:
     assert read_laws("").law("e", []).provenance is Provenance.PRIOR
+
+
+def test_an_engine_is_looked_for_until_its_process_holds_a_gpu_also_after_a_restart() -> None:
+    lines = {uuid: Timeline(0) for uuid in "gh"}
+    for line in lines.values():
+        line.extend([t * S for t in range(1, 101)], [100.0] * 100)
+    devices = {uuid: DeviceView(line, held=True) for uuid, line in lines.items()}
+    holders: dict[int | None, tuple[str, ...]] = {}
+
+    def placed(record: EngineRecord) -> EngineRecord:
+        return msgspec.structs.replace(record, gpu_uuids=record.gpu_uuids or holders.get(record.pid, ()))
+
+    first = PlacedLedger.begin(None, Limits(), LawBook(), 0, placed)
+    first.settle(devices, S)
+    first.add_engine(EngineRecord(engine_id="e", models=("m",), pid=7), S)
+    first.settle(devices, 2 * S)
+    assert [record.gpu_uuids for record in first.engines] == [()]
+    again = PlacedLedger.begin(first.dump(), Limits(), LawBook(), 2 * S, placed)
+    holders[7] = ("h",)
+    record = RequestRecord(request_id="x", arrival_ns=40 * S, first_token_ns=40 * S)
+    again.add_request(record, 40 * S)
+    again.add_request(RequestRecord(request_id="x", end_ns=50 * S), 50 * S)
+    again.settle(devices, 101 * S, close_ns=100 * S)
+    assert [(engine.pid, engine.gpu_uuids) for engine in again.engines] == [(7, ("h",))]
+    answer = again.price("x")
+    assert answer is not None and answer.final
+    assert answer.energy_joules == pytest.approx(1000)

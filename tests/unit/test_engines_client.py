@@ -192,8 +192,9 @@ async def test_a_pipeline_is_decorated(daemon: Daemon) -> None:
 def test_engines_and_steps_keep_their_order(daemon: Daemon, way: str) -> None:
     with to(daemon, way) as client:
         client.engine("e", kind="vllm", models=["m"], gpu_uuids=["GPU-0"])
+        now_ns = time.time_ns()
         for i in range(10):
-            client.step("e", i, i + 1, decode=["r"])
+            client.step("e", now_ns + i, now_ns + i + 1, decode=["r"])
         with client.request(request_id="r", engine_id="e"):
             pass
     daemon.requests(2)
@@ -202,7 +203,9 @@ def test_engines_and_steps_keep_their_order(daemon: Daemon, way: str) -> None:
     engine, *others = daemon.account.records
     steps = [record for record in others if isinstance(record, StepRecord)]
     assert engine == EngineRecord(engine_id="e", kind="vllm", models=("m",), gpu_uuids=("GPU-0",), pid=os.getpid())
-    assert steps == [StepRecord(engine_id="e", start_ns=i, end_ns=i + 1, decode=("r",)) for i in range(10)]
+    assert steps == [
+        StepRecord(engine_id="e", start_ns=now_ns + i, end_ns=now_ns + i + 1, decode=("r",)) for i in range(10)
+    ]
 
 
 @pytest.mark.parametrize("way", ["url", "stream", "datagram"])
@@ -363,6 +366,36 @@ def test_it_finds_a_daemon_that_was_started_late(tmp_path: Path, way: str) -> No
             assert [r.request_id for r in daemon.requests(50)] == [str(i) for i in range(50)]
     client.close()
     assert client.dropped == 0
+
+
+@pytest.mark.parametrize("way", ["url", "stream", "datagram"])
+def test_engines_are_announced_again_after_a_restart_and_each_minute(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    start: Callable[..., Any] = WebServer.start
+    monkeypatch.setattr(WebServer, "start", lambda self, _: start(self, [f"127.0.0.1:{port}"]))
+
+    def engines(daemon: Daemon) -> list[str]:
+        return [record.kind for record in daemon.account.records if isinstance(record, EngineRecord)]
+
+    with Client(f"http://127.0.0.1:{port}" if way == "url" else str(tmp_path / way[0]), token=WORD) as client:
+        with Daemon(tmp_path) as daemon:
+            client.engine("e", kind="tgi")
+            client.engine("e", kind="vllm")
+            client.send("request", {"request_id": "a", "engine_id": "e"})
+            daemon.requests(1)
+            assert engines(daemon) == ["tgi", "vllm"]
+        with Daemon(tmp_path) as daemon:
+            client.send("request", {"request_id": "b", "engine_id": "e"})
+            daemon.requests(1)
+            assert engines(daemon) == ["vllm"]
+            monkeypatch.setattr(client_module, "REPEAT_SECONDS", 0.0)
+            client.send("request", {"request_id": "c", "engine_id": "e"})
+            daemon.requests(2)
+            assert engines(daemon) == ["vllm", "vllm"]
+        assert client.dropped == 0
 
 
 FORKING = """

@@ -322,6 +322,7 @@ def test_a_reading_that_is_refused_for_good_is_dropped(simulate: NodeFactory) ->
     node = simulate(faults=[Fault.error("nvmlGpmSampleGet", 3, from_s=20)]).begin()
     node.run(15)
     assert node.gpu().dram_bandwidth_ratio is not None
+    # The slow graphics tier ends with its next turn.
     node.run(60)
     calls = node.shim.call_count("nvmlGpmSampleGet", 0)
     node.run(60)

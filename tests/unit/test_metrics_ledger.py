@@ -74,6 +74,12 @@ def test_labels_and_values() -> None:
     assert total(registry, names.EVENTS_DROPPED, source="http") == 5
 
 
+def test_the_age_of_the_account_is_known_once_it_was_settled() -> None:
+    settled = replace(ledger_snapshot(), settled_ns=NOW_NS - 4_250_000_000)
+    assert total(page(settled), names.ACCOUNT_AGE_SECONDS) == 4.25
+    assert b"jouletrace_account_age_seconds" not in render(page(LedgerSnapshot()), "")[0]
+
+
 def test_a_gpu_without_an_index_is_left_out() -> None:
     registry = page(ledger_snapshot())
     assert {

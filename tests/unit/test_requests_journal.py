@@ -222,6 +222,8 @@ def reopened_copy(directory: Path) -> Account | None:
 WRITER = """
 import sys
 from pathlib import Path
+from jouletrace import logs
+logs.configure("warning", "json")  # to standard error: standard output is read as numbers
 from tests.unit.test_requests_journal import Account, Entry, journal
 one = journal(Path(sys.argv[1]), limit_bytes=3000)
 state = one.open() or Account()

@@ -341,9 +341,7 @@ def test_activity_readings_that_have_stopped_say_nothing(last: bool) -> None:
     # One reading each 2 s up to 20 s, all the same; the request runs from 60 to 80 s.
     busy = BusyTrack(START_NS + np.arange(1, 11) * 2 * S, np.full(10, last))
     book = ledger()
-    begin = RequestRecord(
-        request_id="x", model="m", arrival_ns=START_NS + 60 * S, first_token_ns=START_NS + 60 * S
-    )
+    begin = RequestRecord(request_id="x", model="m", arrival_ns=START_NS + 60 * S, first_token_ns=START_NS + 60 * S)
     end = RequestRecord(request_id="x", end_ns=START_NS + 80 * S)
     told = [(START_NS + 60 * S, begin), (START_NS + 80 * S, end)]
     drive(book, views({"g": line}, busy), told, START_NS + 100 * S)
@@ -504,6 +502,104 @@ def test_requests_without_end_expire_as_failed() -> None:
     book.expire(START_NS + 999 * S)
     book.settle(views({"g": line}), START_NS + 1002 * S, close_ns=START_NS + 1000 * S)
     assert book.snapshot().requests == {("m", "nobody", Status.FAILED): 1}
+
+
+def test_an_engine_that_is_gone_makes_room_and_owns_no_device_and_may_come_back() -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 1101)], [100.0] * 1100)
+    book = ledger(BOOK, ENGINE, engines=1)
+
+    def request(name: str, at: int, **fields: str) -> RequestRecord:
+        begin_ns = START_NS + at * S
+        return RequestRecord(
+            request_id=name, model="m", arrival_ns=begin_ns, first_token_ns=begin_ns, end_ns=begin_ns + 10 * S, **fields
+        )
+
+    assert book.add_request(request("x", 0), START_NS + 10 * S) is Taken.ACCEPTED
+    book.settle(views({"g": line}), START_NS + 902 * S)
+    before = book.snapshot()
+    book.expire(START_NS + 912 * S)
+    assert book.snapshot().coverage == {}
+    assert book.snapshot().attributed_joules == before.attributed_joules
+    assert book.dump().engines == []
+    # Its place is free, and what names no engine can only mean the new one.
+    assert book.add_engine(EngineRecord(engine_id="f", models=("m",)), START_NS + 912 * S) is Taken.ACCEPTED
+    assert book.add_request(request("y", 950), START_NS + 960 * S) is Taken.ACCEPTED
+    book.settle(views({"g": line}), START_NS + 1100 * S, close_ns=START_NS + 1000 * S)
+    seen = book.snapshot()
+    assert seen.attributed_joules["m", "nobody", "f", Phase.DECODE] == pytest.approx(1000)
+    assert seen.allocated_joules["m", "nobody", "e"] == before.allocated_joules["m", "nobody", "e"]
+    assert residual(book) < 1e-9
+    old = book.price("x")
+    assert old is not None and old.final and old.engine_id == "e"
+    # No room for it now; later it is back with the first thing that it tells.
+    assert book.add_request(request("z", 1000, engine_id="e"), START_NS + 1010 * S) is Taken.UNKNOWN_ENGINE
+    book.expire(START_NS + 2000 * S)
+    assert book.add_request(request("z", 1990, engine_id="e"), START_NS + 2000 * S) is Taken.ACCEPTED
+    assert book.add_request(request("x", 0, engine_id="e"), START_NS + 2000 * S) is Taken.DUPLICATE
+
+
+def test_requests_of_an_engine_without_device_end_with_nothing() -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 92)], [100.0] * 91)
+    devices = views({"g": line, "h": line})
+    # On a node of two GPUs nobody knows which one it uses.
+    book = ledger(BOOK, ENGINE, in_flight=2)
+    step = StepRecord(engine_id="e", start_ns=START_NS, end_ns=START_NS + S, decode=("x",))
+    book.add_step(step, START_NS + S)
+    for name in "xy":
+        record = RequestRecord(request_id=name, model="m", arrival_ns=START_NS, end_ns=START_NS + S)
+        assert book.add_request(record, START_NS + S) is Taken.ACCEPTED
+    for second in (30, 90, 91):
+        book.settle(devices, START_NS + second * S)
+        book.expire(START_NS + second * S)
+    assert [answer.energy_joules for answer in map(book.price, "xy") if answer is not None and answer.final] == [0, 0]
+    assert book.snapshot().in_flight == {"e": 0}
+    line.extend([START_NS + t * S for t in range(92, 201)], [100.0] * 109)
+    # Once its device is known, it pays from then on.
+    book.add_engine(replace_devices("g"), START_NS + 100 * S)
+    begin = RequestRecord(request_id="z", model="m", arrival_ns=START_NS + 100 * S, first_token_ns=START_NS + 100 * S)
+    assert book.add_request(begin, START_NS + 100 * S) is Taken.ACCEPTED
+    assert book.add_request(RequestRecord(request_id="z", end_ns=START_NS + 120 * S), START_NS + 120 * S) is (
+        Taken.ACCEPTED
+    )
+    book.settle(devices, START_NS + 201 * S, close_ns=START_NS + 200 * S)
+    answer = book.price("z")
+    assert answer is not None and answer.final
+    assert answer.energy_joules == pytest.approx(2000)
+    assert residual(book) < 1e-9
+
+
+def test_a_nonsense_arrival_does_not_hold_the_account_open() -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 101)], [100.0] * 100)
+    book = ledger()
+    book.settle(views({"g": line}), START_NS + 5 * S)
+    running = RequestRecord(request_id="n", model="m", arrival_ns=1, first_token_ns=START_NS + 80 * S)
+    assert book.add_request(running, START_NS + 80 * S) is Taken.ACCEPTED
+    ended = RequestRecord(request_id="o", model="m", arrival_ns=1, end_ns=START_NS + 85 * S)
+    assert book.add_request(ended, START_NS + 85 * S) is Taken.ACCEPTED
+    arrived = RequestRecord(request_id="p", model="m", arrival_ns=1)
+    assert book.add_request(arrived, START_NS + 85 * S) is Taken.ACCEPTED
+    book.expire(START_NS + 90 * S)
+    book.settle(views({"g": line}), START_NS + 101 * S)
+    # Still the hold of a feed that is not known yet (15 s) and the lag of 1 s, not 720 s.
+    assert book.snapshot().settled_ns == START_NS + 85 * S
+    assert book.snapshot().in_flight == {"e": 2}
+
+
+def test_one_record_that_comes_very_late_does_not_hold_back_the_others() -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 801)], [100.0] * 800)
+    book = ledger()
+    for second in (700, 710, 720, 730):
+        # Three are told as they end after 1 s, one 600 s after it began.
+        begin_ns = START_NS + (second - (600 if second == 720 else 1)) * S
+        record = RequestRecord(request_id=str(second), model="m", arrival_ns=begin_ns, end_ns=START_NS + second * S)
+        assert book.add_request(record, START_NS + second * S) is Taken.ACCEPTED
+    book.settle(views({"g": line}), START_NS + 800 * S)
+    # Behind by 1 s of lag and at most 1.25 s of hold.
+    assert book.snapshot().settled_ns >= START_NS + 797 * S
 
 
 def test_energy_flows_to_the_account_while_a_request_runs() -> None:

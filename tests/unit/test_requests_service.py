@@ -272,7 +272,7 @@ async def test_nothing_is_shown_before_it_is_saved(tmp_path: Path) -> None:
         journal.go.set()
 
 
-async def test_a_settling_that_fails_leaves_the_last_account_and_one_line(tmp_path: Path) -> None:
+async def test_a_settling_that_fails_leaves_the_last_account_and_is_logged_until_it_ends() -> None:
     rig = Rig()
     with capture_logs() as logs:
         async with rig.running():
@@ -280,8 +280,16 @@ async def test_a_settling_that_fails_leaves_the_last_account_and_one_line(tmp_pa
             shown = rig.service.snapshot
             rig.account.settle = lambda devices, now_ns: 1 / 0  # type: ignore[assignment,method-assign]
             await asyncio.sleep(0.1)
-            assert rig.service.snapshot.device_joules == shown.device_joules
-    assert [entry["about"] for entry in logs] == ["settle"]
+            assert rig.service.snapshot == shown
+            del rig.account.settle  # type: ignore[method-assign]
+            await asyncio.sleep(0.1)
+            assert rig.service.snapshot.settled_ns > shown.settled_ns
+    failed, recovered = logs
+    assert failed["event"].startswith("the account cannot be settled and stands still")
+    assert (failed["log_level"], failed["exc_info"]) == ("warning", True)
+    assert recovered["event"] == "the account is settled again"
+    assert recovered["occurrences"] > 1
+    assert 0.05 < recovered["duration_seconds"] < 5
 
 
 class SetClock(SystemClock):

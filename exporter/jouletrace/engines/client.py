@@ -42,6 +42,10 @@ TIMEOUT_SECONDS = 2.0
 """For one exchange with jouletrace; the program never waits for it, only the sending thread does."""
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two attempts to reach it."""
+REPEAT_SECONDS = 60.0
+"""How often engines are announced again, for a jouletrace that was restarted and forgot them."""
+ENGINES = 64
+"""Engines of one client that are announced again, those that were announced last."""
 EXIT_SECONDS = 1.0
 """What the end of the program waits for records that are still queued."""
 
@@ -76,6 +80,8 @@ class Client:
         self._make_sender: Callable[[], _Sender] = (
             functools.partial(_HttpSender, target, token) if is_url else functools.partial(_SocketSender, target)
         )
+        # A child announces its parent's engines, too: servers fork, and then only the children serve.
+        self._engines: dict[str, bytes] = {}
         self._begin()
         _clients.add(self)
 
@@ -88,6 +94,8 @@ class Client:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._repeated_at = time.monotonic()
+        self._repeated_on = 0
 
     @property
     def dropped(self) -> int:
@@ -149,7 +157,10 @@ class Client:
         return decorate
 
     def engine(self, engine_id: str, **fields: Any) -> None:
-        """Say what an engine is: kind, models, gpu_uuids, role; its pid is this process's unless given."""
+        """Say what an engine is: kind, models, gpu_uuids, role; its pid is this process's unless given.
+
+        Once is enough: it is said again after a reconnect and once a minute, as long as there are records.
+        """
         self.send("engine", {"engine_id": engine_id, "pid": os.getpid(), **fields})
 
     def step(self, engine_id: str, start_ns: int, end_ns: int, **fields: Any) -> None:
@@ -163,7 +174,9 @@ class Client:
             if self._closing.is_set():
                 self._lost.add(1)
                 return
-            if self._sender.send_now(line):
+            if kind == "engine":
+                self._remember(str(record.get("engine_id")), line)
+            if not self._is_repeat_due() and self._sender.send_now(line):
                 return
             if self._queue.qsize() >= self._queue_records:
                 self._lost.add(1)
@@ -219,6 +232,28 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _remember(self, engine_id: str, line: bytes) -> None:
+        self._engines.pop(engine_id, None)
+        self._engines[engine_id] = line
+        if len(self._engines) > ENGINES:
+            self._engines.pop(next(iter(self._engines)), None)
+
+    def _is_repeat_due(self) -> bool:
+        return bool(self._engines) and time.monotonic() - self._repeated_at > REPEAT_SECONDS
+
+    def _repeat_engines(self, sender: "_Sender", batch: Sequence[Line]) -> None:
+        """Announce the engines again when it is time or the connection is new; those of the batch are on their way."""
+        if sender.connections == self._repeated_on and not self._is_repeat_due():
+            return
+        rest: Sequence[Line] = [("engine", line) for line in list(self._engines.values())]
+        rest = [item for item in rest if item not in batch]
+        while rest:
+            # Nobody counts what is refused: the record was counted the first time.
+            rest, _, wait = sender.send(rest)
+            if rest and wait:
+                return  # It has no room now; the next batch tries again.
+        self._repeated_at, self._repeated_on = time.monotonic(), sender.connections
+
     def _start(self) -> None:
         with self._starting:
             if self._thread is None:
@@ -254,6 +289,8 @@ class Client:
         while batch and not self._closing.is_set():
             wait = pause
             try:
+                sender.open()
+                self._repeat_engines(sender, batch)
                 batch, refused, wait = sender.send(batch)
                 lost += refused
                 pause = 0.05
@@ -344,14 +381,21 @@ class _Count:
 
 
 class _Sender:
-    """A way to jouletrace; `send` is called by one thread only."""
+    """A way to jouletrace; all but `send_now` is called by one thread only."""
+
+    connections = 0
+    """How often it was connected."""
+
+    def open(self) -> None:
+        """Connect unless it is; raises OSError or HTTPException when jouletrace cannot be reached."""
+        raise NotImplementedError
 
     def send_now(self, line: bytes) -> bool:
         """Return True when the record could be handed to the kernel without waiting."""
         return False
 
     def send(self, batch: Sequence[Line]) -> tuple[Sequence[Line], int, float]:
-        """Send; return what has to be sent again, how many were refused for good, and seconds to wait before.
+        """Send, once open; return what has to be sent again, how many were refused for good, and seconds to wait.
 
         Raises OSError or HTTPException when jouletrace cannot be reached.
         """
@@ -367,7 +411,16 @@ class _HttpSender(_Sender):
         self._token = token
         self._open: http.client.HTTPConnection | None = None
 
+    def open(self) -> None:
+        if self._open is not None:
+            return  # One that the server closed in good order after an answer is opened again by http.client.
+        connection = _connection(self._url, TIMEOUT_SECONDS)
+        connection.connect()
+        self._open = connection
+        self.connections += 1
+
     def send(self, batch: Sequence[Line]) -> tuple[Sequence[Line], int, float]:
+        assert self._open is not None
         # One POST a kind: an engine before its requests and steps, else in order.
         kind = next(kind for kind in _PATHS if any(other == kind for other, _ in batch))
         now: list[Line] = []
@@ -377,8 +430,6 @@ class _HttpSender(_Sender):
             size += len(item[1]) if item[0] == kind else 0
             (now if item[0] == kind and (not now or size <= BATCH_BYTES) else rest).append(item)
         try:
-            if self._open is None:
-                self._open = _connection(self._url, TIMEOUT_SECONDS)
             headers = _headers(self._token) | {"Content-Type": "application/x-ndjson"}
             self._open.request("POST", _PATHS[kind], b"".join(line for _, line in now), headers)
             response = self._open.getresponse()
@@ -424,8 +475,6 @@ class _SocketSender(_Sender):
         return True
 
     def send(self, batch: Sequence[Line]) -> tuple[Sequence[Line], int, float]:
-        if self._stream is None and self._datagrams is None:
-            self._connect()
         if self._datagrams is not None:
             return self._send_datagrams(self._datagrams, batch)
         assert self._stream is not None
@@ -449,7 +498,9 @@ class _SocketSender(_Sender):
                 raise
         return (), 0, 0.0
 
-    def _connect(self) -> None:
+    def open(self) -> None:
+        if self._stream is not None or self._datagrams is not None:
+            return
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             sock = socket.socket(socket.AF_UNIX, kind)
             sock.settimeout(TIMEOUT_SECONDS)
@@ -460,6 +511,7 @@ class _SocketSender(_Sender):
                 if error.errno == errno.EPROTOTYPE and kind is socket.SOCK_STREAM:
                     continue
                 raise
+            self.connections += 1
             if kind is socket.SOCK_STREAM:
                 self._stream = sock
             else:

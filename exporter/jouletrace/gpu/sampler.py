@@ -564,6 +564,8 @@ class Sampler:
         """Return whether a task that just ran is to run again."""
         if (task.account.status is DeviceStatus.LOST) != (task.name == RETURN):
             return False
+        if task.name == "graphics" and not task.account.capabilities.has_activity:
+            return False
         return task.account.refusals.get(task.name, 0) < REFUSALS_TO_STOP
 
     def _perform(self, task: _Task) -> bool:

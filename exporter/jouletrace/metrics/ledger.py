@@ -26,6 +26,7 @@ class LedgerCollector:
         names.TOKENS,
         names.UNITS_MADE,
         names.ATTRIBUTION_COVERAGE_RATIO,
+        names.ACCOUNT_AGE_SECONDS,
     )
 
     def __init__(self, account: Callable[[], LedgerSnapshot]) -> None:
@@ -50,6 +51,9 @@ class LedgerCollector:
         yield _by_labels(names.TOKENS, account.tokens)
         yield _by_labels(names.UNITS_MADE, account.units)
         yield _by_label(names.ATTRIBUTION_COVERAGE_RATIO, account.coverage)
+        # The account may be settled between the look at the clock and the look at it.
+        age_ns = max(0, scrape.now_ns - account.settled_ns)
+        yield _by_labels(names.ACCOUNT_AGE_SECONDS, {(): age_ns / 1e9} if account.settled_ns else {})
 
 
 class EventCollector:

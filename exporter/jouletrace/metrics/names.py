@@ -303,6 +303,13 @@ ATTRIBUTION_COVERAGE_RATIO = Metric(
     "that records are missing; jouletrace_events_dropped_total says whether they came in.",
     ("engine",),
 )
+ACCOUNT_AGE_SECONDS = Metric(
+    "jouletrace_account_age_seconds",
+    "gauge",
+    "Time since the moment up to which the energy of every GPU is in the account of requests; absent before the first "
+    "settling. 1 to 6 s is normal. It grows while settling fails (joules, requests and tokens then stand still) or a "
+    "GPU gives no readings.",
+)
 EVENTS = Metric(
     "jouletrace_events_total",
     "counter",
@@ -328,6 +335,7 @@ LEDGER = (
     TOKENS,
     UNITS_MADE,
     ATTRIBUTION_COVERAGE_RATIO,
+    ACCOUNT_AGE_SECONDS,
     EVENTS,
     EVENTS_DROPPED,
 )

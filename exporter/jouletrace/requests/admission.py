@@ -35,7 +35,7 @@ class Admission:
         announced, settled = self._inbox.engine_ids, self._settled_engines()
 
         def refusal(record: Record) -> Refusal | None:
-            if type(record) is EngineRecord:
+            if isinstance(record, EngineRecord):
                 return None
             engine_id = record.engine_id
             if (
@@ -56,7 +56,7 @@ class Admission:
                 if end_ns <= earliest_ns:
                     return Refusal(Taken.LATE, "end_ns", f"is older than the {_KEPT} that the timeline keeps")
                 return _future("end_ns", end_ns - now_ns)
-            assert type(record) is RequestRecord  # A step always has its end.
+            assert isinstance(record, RequestRecord)  # A step always has its end.
             for field, at_ns in (
                 ("first_token_ns", record.first_token_ns),
                 ("scheduled_ns", record.scheduled_ns),

@@ -1,5 +1,6 @@
 """One engine's side of the ledger: its steps and requests that wait to be settled, and how long they may wait."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jouletrace.energy.timeline import DEPTH_NS
 from jouletrace.requests import law as laws
 from jouletrace.requests.inflight import NOBODY, Inference, InFlight
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
@@ -52,6 +54,8 @@ LONGEST_HOLD_NS = 720 * S
 HOLD_HALF_LIFE_NS = 300 * S
 """How fast the longest delay seen is forgotten."""
 HOLD_MARGIN = 1.25
+LATEST_DELAYS = 20
+"""Delays of which the second longest counts."""
 UNCLAIMED_NS = 120 * S
 """Least time for which unclaimed energy waits for its request."""
 TYPICAL_PROMPT_TOKENS = 512.0
@@ -141,6 +145,7 @@ class Engine:
         """The latest time in the account at which its requests were active."""
         self.evidence_ns = 0
         """Everything up to here has been told, as far as live feeds go."""
+        self._delays_ns: deque[int] = deque(maxlen=LATEST_DELAYS)
         self._hold_ns: float | None = None
         self._hold_seen_ns = 0
         self.device_joules: dict[str, float] = {}
@@ -152,7 +157,13 @@ class Engine:
         self.busy_joules = 0.0
         self.lost_joules = 0.0
         self.told_ns = 0
-        """When it last told something that counted."""
+        """When it last told something that counted,"""
+        self.heard_ns = 0
+        """and anything at all."""
+        self.placed_ns = 0
+        """When it last had a device."""
+        self.retired_ns: int | None = None
+        """When it was taken as gone; None while it is there."""
         self.accepted = 0.0
         self.dropped = 0.0
         self._shown_joules = 0.0
@@ -174,8 +185,13 @@ class Engine:
     # ---------------------------------------------------------------- what comes in
 
     def observe_delay(self, delay_ns: int, now_ns: int) -> None:
-        """Note how old something was when it was told."""
-        self._hold_ns = min(max(self.hold_ns(now_ns, known_only=True), delay_ns * HOLD_MARGIN), LONGEST_HOLD_NS)
+        """Note how old something was when it was told; what is older than the timeline tells nothing of the feed."""
+        if delay_ns >= DEPTH_NS:
+            return
+        self._delays_ns.append(delay_ns)
+        # One that is alone among the latest must not hold everybody's answers back.
+        usual_ns = sorted(self._delays_ns)[-2:][0]
+        self._hold_ns = min(max(self.hold_ns(now_ns, known_only=True), usual_ns * HOLD_MARGIN), LONGEST_HOLD_NS)
         self._hold_seen_ns = now_ns
 
     def hold_ns(self, now_ns: int, *, known_only: bool = False) -> float:
@@ -262,6 +278,12 @@ class Engine:
             )
             boundaries = self._boundaries(slots, until_ns, table) if len(slots) else None
         return Plan(self.settled_ns, until_ns, steps, begin, finish, slots, boundaries)
+
+    def skip(self, until_ns: int) -> None:
+        """Leave the time up to `until_ns` behind without energy."""
+        if until_ns > self.settled_ns:
+            self._take_steps(until_ns)
+            self.settled_ns = until_ns
 
     def _take_steps(self, until_ns: int) -> list[Step]:
         if not self._steps_sorted:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jouletrace.energy.baseline import IdleKind
+from jouletrace.energy.timeline import DEPTH_NS
 from jouletrace.requests.account import LedgerSnapshot, Phase, RequestEnergy, Taken
 from jouletrace.requests.bounds import edge_errors, methods
 from jouletrace.requests.devices import Bools, BusyTrack, DeviceView, HeldHistory, slack
@@ -48,8 +49,6 @@ S = 1_000_000_000
 
 FUTURE_NS = 5 * S
 """How far a record's time may lie ahead: clocks of containers on one node agree, NTP steps are below this."""
-DEPTH_NS = 900 * S
-"""What ended longer ago is no longer in the timeline (design: 15 minutes)."""
 STALE_NS = 30 * S
 """A device whose timeline stands still this long no longer holds back the other devices of its engines."""
 BUSY_PATIENCE_NS = 5 * S
@@ -59,6 +58,8 @@ BUSY_PATIENCE_READINGS = 3
 COVERAGE_HALF_LIFE_S = 120.0
 SILENT_NS = 300 * S
 """An engine that has told nothing for this long is taken to have no feed."""
+PLACE_PATIENCE_NS = 60 * S
+"""How long the requests of an engine without device wait for one: loading a model takes minutes, but nothing ends."""
 RESTART_NS = 1 * S
 """A running request that arrives again this much later is another life of its id."""
 UNKNOWN_MODEL = "unknown"
@@ -82,6 +83,8 @@ class Limits:
     """A request without end and without sign of life for this long is taken as failed."""
     orphan_expiry_ns: int = 300 * S
     """A request that only steps have named for this long is nobody's."""
+    engine_expiry_ns: int = 900 * S
+    """An engine of which nobody has heard for this long, and which has nothing in flight, is taken as gone."""
 
 
 class Ledger:
@@ -94,6 +97,9 @@ class Ledger:
         self._start_ns = start_ns
         self._engines: dict[str, Engine] = {}
         self._by_number: list[Engine] = []
+        """With those that are gone: answers about their requests are kept by their numbers."""
+        self._forgotten_ns = 0
+        """Answers older than this are forgotten."""
         self._table = InFlight(limits.in_flight)
         self._settled = Settled(limits.settled)
         self._accounts = Accounts(models=limits.models, tenants_per_model=limits.tenants_per_model)
@@ -109,6 +115,11 @@ class Ledger:
 
     # ---------------------------------------------------------------- records
 
+    @property
+    def engines(self) -> Sequence[EngineRecord]:
+        """What the engines have said of themselves."""
+        return [engine.record for engine in self._engines.values()]
+
     def add_engine(self, record: EngineRecord, now_ns: int) -> Taken:
         """Take in an engine, or what has changed of a known one (from the next pass on)."""
         self._now_ns = max(self._now_ns, now_ns)
@@ -117,22 +128,43 @@ class Ledger:
         known = self._engines.get(record.engine_id)
         if known is not None:
             known.describe(record, self._laws)
+            known.heard_ns = now_ns
             return Taken.ACCEPTED
         if len(self._engines) >= self._limits.engines:
             return Taken.OVERFLOW
-        self._open_engine(record, max((self._settled_ns.get(uuid, 0) for uuid in self._devices_of(record)), default=0))
+        settled_ns = max((self._settled_ns.get(uuid, 0) for uuid in self._devices_of(record)), default=0)
+        self._open_engine(record, settled_ns, now_ns)
         return Taken.ACCEPTED
 
-    def _open_engine(self, record: EngineRecord, settled_ns: int) -> Engine:
-        engine = Engine(len(self._by_number), record, self._laws, settled_ns)
+    def place(self, record: EngineRecord) -> None:
+        """Take over where a known engine runs; that is no sign of life of it."""
+        self._engines[record.engine_id].describe(record, self._laws)
+
+    def _open_engine(self, record: EngineRecord, settled_ns: int, now_ns: int) -> Engine:
+        """Open an engine under its former number, or one whose answers are forgotten, or a new one."""
+        gone = [one for one in self._by_number if one.retired_ns is not None]
+        former = [one.number for one in gone if one.engine_id == record.engine_id]
+        free = [one.number for one in gone if (one.retired_ns or 0) < self._forgotten_ns]
+        number = (*former, *free, len(self._by_number))[0]
+        engine = Engine(number, record, self._laws, settled_ns)
+        engine.heard_ns = engine.placed_ns = now_ns
         self._engines[record.engine_id] = engine
-        self._by_number.append(engine)
+        self._by_number[number : number + 1] = [engine]
+        return engine
+
+    def _known_engine(self, engine_id: str, now_ns: int) -> Engine | None:
+        """Return an engine; one that was taken as gone is back as soon as it tells something."""
+        engine = self._engines.get(engine_id)
+        if engine is None:
+            gone = next((one for one in self._by_number if one.engine_id == engine_id), None)
+            if gone is not None and self.add_engine(gone.record, now_ns) is Taken.ACCEPTED:
+                engine = self._engines[engine_id]
         return engine
 
     def add_step(self, record: StepRecord, now_ns: int) -> Taken:
         """Take in a step; its requests need not be known yet."""
         self._now_ns = max(self._now_ns, now_ns)
-        engine = self._engines.get(record.engine_id)
+        engine = self._known_engine(record.engine_id, now_ns)
         if engine is None:
             return Taken.UNKNOWN_ENGINE
         taken = self._add_step(engine, record, now_ns)
@@ -203,15 +235,17 @@ class Ledger:
     def add_request(self, record: RequestRecord, now_ns: int) -> Taken:
         """Take in what a record tells of a request; fields that are set replace older ones."""
         self._now_ns = max(self._now_ns, now_ns)
-        engine = self._engine_of(record)
+        engine = self._engine_of(record, now_ns)
         if engine is None:
             return Taken.UNKNOWN_ENGINE
         return _counted(engine, self._add_request(engine, record, now_ns), now_ns)
 
-    def _engine_of(self, record: RequestRecord) -> Engine | None:
+    def _engine_of(self, record: RequestRecord, now_ns: int) -> Engine | None:
         if record.engine_id is not None:
-            return self._engines.get(record.engine_id)
-        return self._by_number[0] if len(self._by_number) == 1 else None
+            return self._known_engine(record.engine_id, now_ns)
+        if not self._engines and len(self._by_number) == 1:
+            return self._known_engine(self._by_number[0].engine_id, now_ns)
+        return next(iter(self._engines.values())) if len(self._engines) == 1 else None
 
     def _add_request(self, engine: Engine, record: RequestRecord, now_ns: int) -> Taken:
         newest = record.end_ns or record.first_token_ns or record.scheduled_ns or record.arrival_ns
@@ -260,6 +294,8 @@ class Ledger:
     def _add_new(self, engine: Engine, orphan: Inference | None, record: RequestRecord, now_ns: int) -> Taken:
         """Take in the first record of a request; `orphan` is its row when steps have named it before."""
         start_ns = record.scheduled_ns or record.arrival_ns or record.first_token_ns or record.end_ns or now_ns
+        # Before that there is no energy; a stamp of 1970 must not count as a life of 50 years.
+        start_ns = max(start_ns, now_ns - DEPTH_NS)
         ended = _is_end(record)
         end_ns = (record.end_ns or now_ns) if ended else NEVER
         if end_ns <= now_ns - DEPTH_NS:
@@ -313,6 +349,8 @@ class Ledger:
         if record.arrival_ns is not None:
             inference.arrival_ns = record.arrival_ns
         start_ns = record.scheduled_ns or record.arrival_ns
+        if start_ns is not None:
+            start_ns = max(start_ns, now_ns - DEPTH_NS)
         if start_ns is not None and (record.scheduled_ns is not None or start_ns < table.start_ns[slot]):
             table.start_ns[slot] = start_ns
         usage = record.usage
@@ -339,7 +377,9 @@ class Ledger:
         told_ns = record.end_ns or record.first_token_ns
         if told_ns is not None:
             engine.evidence_ns = max(engine.evidence_ns, told_ns)
-        table.seen_ns[slot] = max(int(table.seen_ns[slot]), told_ns or start_ns or now_ns)
+        alive_ns = told_ns or start_ns or now_ns
+        # Whoever tells of so old a time does it now.
+        table.seen_ns[slot] = max(int(table.seen_ns[slot]), alive_ns if alive_ns > now_ns - DEPTH_NS else now_ns)
 
     # ---------------------------------------------------------------- settling
 
@@ -365,7 +405,7 @@ class Ledger:
         self._faded_ns = max(now_ns, self._faded_ns)
         self._accounts.fade(seconds)
         kept = 0.5 ** (seconds / COVERAGE_HALF_LIFE_S)
-        for engine in self._by_number:
+        for engine in self._engines.values():
             engine.busy_joules *= kept
             engine.lost_joules *= kept
             engine.accepted *= kept
@@ -382,7 +422,7 @@ class Ledger:
     def _groups(self, devices: Mapping[str, DeviceView]) -> Iterable[tuple[list[Engine], list[str]]]:
         """Yield engines and devices that must be settled together: sets connected by shared devices."""
         groups: list[tuple[list[Engine], set[str]]] = [([], {uuid}) for uuid in devices]
-        for engine in self._by_number:
+        for engine in self._engines.values():
             mine = set(self._devices_of(engine.record))
             joined: tuple[list[Engine], set[str]] = ([engine], mine)
             apart = []
@@ -607,7 +647,7 @@ class Ledger:
         done = (table.engine >= 0) & (table.account != NO_ACCOUNT) & (table.end_ns <= horizon[table.engine])
         if not done.any():
             return
-        for engine in self._by_number:
+        for engine in self._engines.values():
             if engine.steps:
                 done[np.fromiter(engine.waiting_slots(), np.int64)] = False
         slots = np.flatnonzero(done)
@@ -693,7 +733,28 @@ class Ledger:
                     )
             elif silent_ns > self._limits.orphan_expiry_ns:
                 self._drop_orphan(inference)
-        self._settled.expire(now_ns - self._limits.settled_ns)
+        self._forgotten_ns = now_ns - self._limits.settled_ns
+        self._settled.expire(self._forgotten_ns)
+        for engine in list(self._engines.values()):
+            self._pass_over(engine, now_ns)
+            self._retire(engine, now_ns)
+
+    def _pass_over(self, engine: Engine, now_ns: int) -> None:
+        """Close the past of an engine that has had no device for long: what ended then has used 0 J."""
+        if self._devices_of(engine.record):
+            engine.placed_ns = now_ns
+        elif engine.placed_ns < now_ns - PLACE_PATIENCE_NS:
+            engine.skip(now_ns - PLACE_PATIENCE_NS)
+
+    def _retire(self, engine: Engine, now_ns: int) -> None:
+        """Take an engine as gone when it has been silent for long: it owns no device any more."""
+        if engine.steps or engine.heard_ns >= now_ns - self._limits.engine_expiry_ns:
+            return
+        if (self._table.engine == engine.number).any():
+            return
+        self._lose(engine, engine.unclaimed.expire(NEVER))
+        engine.retired_ns = now_ns
+        del self._engines[engine.engine_id]
 
     def _drop_orphan(self, inference: Inference) -> None:
         engine = self._by_number[inference.engine]
@@ -777,13 +838,13 @@ class Ledger:
             idle_joules=dict(self._idle),
             unattributed_joules={uuid: self._unattributed.get(uuid, 0.0) for uuid in self._device_joules}
             | self._unattributed,
-            pending_joules={engine.engine_id: self._pending(engine) for engine in self._by_number},
+            pending_joules={engine.engine_id: self._pending(engine) for engine in self._engines.values()},
             request_joules={model: histogram.buckets() for model, histogram in self._tally.histograms.items()},
             requests=dict(self._tally.requests),
-            in_flight={engine.engine_id: count[engine.number] for engine in self._by_number},
+            in_flight={engine.engine_id: count[engine.number] for engine in self._engines.values()},
             tokens=dict(self._tally.tokens),
             units=dict(self._tally.units),
-            coverage={engine.engine_id: _coverage(engine) for engine in self._by_number},
+            coverage={engine.engine_id: _coverage(engine) for engine in self._engines.values()},
         )
 
     def _pending(self, engine: Engine) -> float:
@@ -797,12 +858,12 @@ class Ledger:
     def dump(self) -> LedgerState:
         """Return what must outlive a restart."""
         unclaimed: dict[str, float] = {}
-        for engine in self._by_number:
+        for engine in self._engines.values():
             for uuid, joules in engine.returned(engine.unclaimed.joules).items():
                 unclaimed[uuid] = unclaimed.get(uuid, 0.0) + joules
         return LedgerState(
-            engines=[engine.record for engine in self._by_number],
-            engine_settled_ns=[engine.settled_ns for engine in self._by_number],
+            engines=list(self.engines),
+            engine_settled_ns=[engine.settled_ns for engine in self._engines.values()],
             accounts={
                 number: AccountState(*key, prefill, decode, idle)
                 for number, (key, prefill, decode, idle) in enumerate(self._accounts)
@@ -835,7 +896,7 @@ class Ledger:
         """
         ledger = cls(limits, laws, default_tenant=default_tenant, start_ns=start_ns)
         for record, settled_ns in zip(state.engines, state.engine_settled_ns, strict=True):
-            ledger._open_engine(record, min(settled_ns, start_ns))
+            ledger._open_engine(record, min(settled_ns, start_ns), start_ns)
         ledger._settled_ns = {uuid: min(settled_ns, start_ns) for uuid, settled_ns in state.settled_ns.items()}
         ledger._device_joules = dict(state.device_joules)
         ledger._idle = {
@@ -881,6 +942,7 @@ def _is_end(record: RequestRecord) -> bool:
 
 
 def _counted(engine: Engine, taken: Taken, now_ns: int) -> Taken:
+    engine.heard_ns = now_ns
     if taken is Taken.ACCEPTED:
         engine.accepted += 1
         engine.told_ns = now_ns

@@ -10,6 +10,7 @@ import msgspec
 import structlog
 
 from jouletrace.clock import Clock
+from jouletrace.logs import Transitions
 from jouletrace.requests.account import LedgerSnapshot, RequestEnergy, Taken
 from jouletrace.requests.inbox import Batch, Events, Inbox
 from jouletrace.requests.journal import Journal
@@ -99,6 +100,7 @@ class LedgerService(Generic[Devices, State]):
         self._ledger_lock = asyncio.Lock()
         self._ended: dict[tuple[str, str | None], None] = {}
         self._failing: set[str] = set()
+        self._settlings = Transitions(_log, time.monotonic_ns)
         self._saving: asyncio.Task[None] | None = None
         self._saving_since = 0.0
         self._round = self._shown = 0
@@ -276,10 +278,17 @@ class LedgerService(Generic[Devices, State]):
         try:
             self._ledger.settle(self._devices(), now_ns)
             self._ledger.expire(now_ns)
-            return self._ledger.snapshot(), self._ledger.dump() if dump else None
+            settled = self._ledger.snapshot(), self._ledger.dump() if dump else None
         except Exception:
-            self._complain("the account could not be settled; please report this", "settle")
+            self._settlings.failed(
+                "settle",
+                "the account cannot be settled and stands still (jouletrace_account_age_seconds grows); please report "
+                "this",
+                exc_info=True,
+            )
             return self._snapshot, None
+        self._settlings.recovered("settle", "the account is settled again")
+        return settled
 
     async def _save_and_show(
         self, journal: Journal[State], state: State, snapshot: LedgerSnapshot, number: int

@@ -129,9 +129,7 @@ def not_after(state: InFlightState, limit_ns: int) -> InFlightState:
     """Return a request with every time that is known at most `limit_ns`."""
     names = ("arrival_ns", "start_ns", "first_token_ns", "end_ns", "seen_ns")
     known = {name: getattr(state, name) for name in names}
-    return msgspec.structs.replace(
-        state, **{name: min(at, limit_ns) for name, at in known.items() if at is not None}
-    )
+    return msgspec.structs.replace(state, **{name: min(at, limit_ns) for name, at in known.items() if at is not None})
 
 
 def restore_request(state: InFlightState, table: InFlight, engine: int, account: int) -> Inference | None:
