@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -33,6 +34,7 @@ from jouletrace.requests.records import (
     StepRecord,
     Usage,
 )
+from jouletrace.trace import recording
 
 ENGINES = 8
 REQUESTS_PER_SECOND = 5000
@@ -93,9 +95,13 @@ def started() -> Iterator[Daemon]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
+        # Without events: the replay's own engine would share the GPU and hold back the account of the others.
+        quiet = Path(directory) / "quiet.json.gz"
+        demo = recording.read(demo_recording())
+        recording.write(quiet, recording.Recording(demo.meta, demo.streams, (), demo.name))
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "jouletrace", "run", "--source", f"replay:{demo_recording()}"),
+                *(sys.executable, "-m", "jouletrace", "run", "--source", f"replay:{quiet}"),
                 *("--web.listen-address", f"127.0.0.1:{port}", "--log.level", "warning"),
                 *("--state-dir", directory),
             ],
@@ -278,7 +284,9 @@ async def _single(host: str, port: int, dues: Sequence[float], waits: list[float
             end_ns=time.time_ns(), status=Status.FINISHED, usage=Usage(input=300),
         )  # fmt: skip
         body = msgspec.json.encode(record)
-        writer.write(b"POST /v1/requests HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.write(
+            b"POST /v1/requests HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"Content-Length: (\d+)", head)
         assert length is not None
