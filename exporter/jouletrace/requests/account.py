@@ -81,6 +81,56 @@ class Buckets:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineTotals:
+    """What an engine has used and done since this process began; only differences of two mean something.
+
+    All of it covers settled time, up to `settled_ns`, so that joules and work belong together.
+    """
+
+    settled_ns: int = 0
+    busy_joules: float = 0.0
+    """Of all its devices while its requests were active, and of work that nobody claimed."""
+    idle_joules: float = 0.0
+    """Its part of the parked energy of the devices that it holds."""
+    prefill_joules: float = 0.0
+    decode_joules: float = 0.0
+    fixed_joules: float = 0.0
+    """The fixed part of both, as the split had it."""
+    active_seconds: float = 0.0
+    """Time in which it had active requests."""
+    sequence_seconds: float = 0.0
+    """Active requests, integrated over time."""
+    step_joules: float = 0.0
+    """Energy of the time that step records cover."""
+    step_seconds: float = 0.0
+    steps: float = 0.0
+    step_prefill_tokens: float = 0.0
+    step_decode_sequences: float = 0.0
+    """Sum over the steps of the decoding sequences in each: their output tokens."""
+    step_kv_tokens: float = 0.0
+    """Sum over the steps of the KV tokens read, where the records tell; 0 where none does."""
+    output_tokens: float = 0.0
+    """Of requests that ended."""
+    input_tokens: float = 0.0
+    units: Mapping[Unit, float] = field(default_factory=dict)
+    """Images, frames, ... of requests that ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What an engine last said of its queue; each value may be missing."""
+
+    t_ns: int = 0
+    running: float | None = None
+    waiting: float | None = None
+    kv_usage: float | None = None
+    """Part of the KV cache in use, 0 to 1."""
+    max_num_seqs: int | None = None
+    preemptions: float | None = None
+    """Since the engine started."""
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerSnapshot:
     """The account of the node at one moment. All joules are totals that never go down.
 
@@ -110,3 +160,11 @@ class LedgerSnapshot:
     units: Mapping[tuple[str, str, Unit], int] = field(default_factory=dict)
     coverage: Mapping[str, float] = field(default_factory=dict)
     """By engine: attributed part of its busy energy over the last minutes, 0 to 1."""
+    engine_totals: Mapping[str, EngineTotals] = field(default_factory=dict)
+    """By engine."""
+    engine_states: Mapping[str, EngineState] = field(default_factory=dict)
+    """By engine."""
+    engine_devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By engine: the uuids of the devices that it owns, as far as known."""
+    engine_models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By engine: the models that it serves, as it said."""
