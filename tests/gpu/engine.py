@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY = 32, 4096, 32, 8, 128, 14336, 128256
 CHUNK, CONTEXT = 256, 1024
 BUCKETS = (0, 1, 4, 16, 64)
 PROMPTS, OUTPUTS = (256, 256, 512, 1024, 2048), (32, 64, 128, 256)
@@ -24,24 +23,42 @@ TENANTS = ("tenant-a", "tenant-b", "tenant-c")
 Report = Callable[[str, dict[str, Any]], None]
 
 
-class Model:
-    """One rank's part of the model and its captured steps."""
+@dataclass(frozen=True)
+class Shape:
+    """What decides a Llama-shaped model's work."""
 
-    def __init__(self, rank: int, world: int) -> None:
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    vocabulary: int = 128256
+
+
+EIGHT_BILLION = Shape(32, 4096, 32, 8, 128, 14336)
+
+
+class Model:
+    """One rank's part of the model and its captured steps; every decoding sequence has `context` tokens behind it."""
+
+    def __init__(self, rank: int, world: int, shape: Shape = EIGHT_BILLION, context: int = CONTEXT) -> None:
         self._world = world
+        self._shape, self._context = shape, context
         torch.cuda.set_device(rank)
         torch.manual_seed(rank)
-        self._heads, self._kv_heads, self._feed_forward = HEADS // world, KV_HEADS // world, FEED_FORWARD // world
+        self._heads, self._kv_heads = shape.heads // world, shape.kv_heads // world
+        self._feed_forward = shape.feed_forward // world
         self._layers = [
             {
-                "qkv": self._weight((self._heads + 2 * self._kv_heads) * HEAD_DIM, WIDTH),
-                "out": self._weight(WIDTH, self._heads * HEAD_DIM),
-                "up": self._weight(2 * self._feed_forward, WIDTH),
-                "down": self._weight(WIDTH, self._feed_forward),
+                "qkv": self._weight((self._heads + 2 * self._kv_heads) * shape.head_dim, shape.width),
+                "out": self._weight(shape.width, self._heads * shape.head_dim),
+                "up": self._weight(2 * self._feed_forward, shape.width),
+                "down": self._weight(shape.width, self._feed_forward),
             }
-            for _ in range(LAYERS)
+            for _ in range(shape.layers)
         ]
-        self._head = self._weight(VOCABULARY // world, WIDTH)
+        self._head = self._weight(shape.vocabulary // world, shape.width)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
 
     @staticmethod
@@ -61,28 +78,31 @@ class Model:
         torch.cuda.empty_cache()
 
     def _capture(self, prefill: int, decode: int) -> tuple[torch.cuda.CUDAGraph, Any]:
-        past = 512
-        hidden = self._weight(prefill + decode, WIDTH)
-        width = self._heads * HEAD_DIM, self._kv_heads * HEAD_DIM, self._kv_heads * HEAD_DIM
+        past = self._context // 2
+        width, head_dim = self._shape.width, self._shape.head_dim
+        hidden = self._weight(prefill + decode, width)
+        widths = self._heads * head_dim, self._kv_heads * head_dim, self._kv_heads * head_dim
         caches = []
-        for _ in range(LAYERS):
-            prompt = [self._weight(1, self._kv_heads, past + prefill, HEAD_DIM) for _ in range(2)] if prefill else None
-            running = [self._weight(decode, self._kv_heads, CONTEXT, HEAD_DIM) for _ in range(2)] if decode else None
+        for _ in range(self._shape.layers):
+            prompt = [self._weight(1, self._kv_heads, past + prefill, head_dim) for _ in range(2)] if prefill else None
+            running = (
+                [self._weight(decode, self._kv_heads, self._context, head_dim) for _ in range(2)] if decode else None
+            )
             caches.append((prompt, running))
 
         def attend(x: torch.Tensor, prompt: Any, running: Any) -> torch.Tensor:
-            query, key, value = x.split(width, -1)
+            query, key, value = x.split(widths, -1)
             parts = []
             if prompt:
                 for cache, new in zip(prompt, (key, value), strict=True):
-                    cache[0, :, past:] = new[:prefill].view(prefill, self._kv_heads, HEAD_DIM).transpose(0, 1)
-                heads = query[:prefill].view(1, prefill, self._heads, HEAD_DIM).transpose(1, 2)
+                    cache[0, :, past:] = new[:prefill].view(prefill, self._kv_heads, head_dim).transpose(0, 1)
+                heads = query[:prefill].view(1, prefill, self._heads, head_dim).transpose(1, 2)
                 out = F.scaled_dot_product_attention(heads, prompt[0], prompt[1], enable_gqa=True)
                 parts.append(out.transpose(1, 2).reshape(prefill, -1))
             if running:
                 for cache, new in zip(running, (key, value), strict=True):
-                    cache[:, :, -1] = new[prefill:].view(decode, self._kv_heads, HEAD_DIM)
-                heads = query[prefill:].view(decode, 1, self._heads, HEAD_DIM).transpose(1, 2)
+                    cache[:, :, -1] = new[prefill:].view(decode, self._kv_heads, head_dim)
+                heads = query[prefill:].view(decode, 1, self._heads, head_dim).transpose(1, 2)
                 out = F.scaled_dot_product_attention(heads, running[0], running[1], enable_gqa=True)
                 parts.append(out.transpose(1, 2).reshape(decode, -1))
             return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -95,12 +115,12 @@ class Model:
         def forward() -> torch.Tensor:
             x = hidden
             for layer, (prompt, running) in zip(self._layers, caches, strict=True):
-                attended = attend(F.rms_norm(x, (WIDTH,)) @ layer["qkv"].T, prompt, running)
+                attended = attend(F.rms_norm(x, (width,)) @ layer["qkv"].T, prompt, running)
                 x = x + add_up(attended @ layer["out"].T)
-                gate, up = (F.rms_norm(x, (WIDTH,)) @ layer["up"].T).chunk(2, -1)
+                gate, up = (F.rms_norm(x, (width,)) @ layer["up"].T).chunk(2, -1)
                 x = x + add_up((F.silu(gate) * up) @ layer["down"].T)
             last = x[prefill - 1 :] if prefill else x
-            return (F.rms_norm(last, (WIDTH,)) @ self._head.T).argmax(-1)
+            return (F.rms_norm(last, (width,)) @ self._head.T).argmax(-1)
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
