@@ -331,6 +331,20 @@ def test_a_reading_that_is_refused_for_good_is_dropped(simulate: NodeFactory) ->
     assert ready(node).ready
 
 
+@pytest.mark.parametrize(("sm_percent", "least", "most"), [(0.0, 3, 6), (80.0, 3, 6), (12.0, 22, 26)])
+def test_graphics_is_read_often_only_while_sm_leaves_it_open(
+    simulate: NodeFactory, sm_percent: float, least: int, most: int
+) -> None:
+    gpm = {"sm_util": sm_percent, "graphics_util": max(sm_percent, 25.0) if sm_percent else 0.0}
+    node = simulate(Device(power=Constant(200), gpm=gpm)).begin()
+    node.run(120)
+    [live] = node.sampler.live_devices()
+    assert least <= node.source.calls.count["nvmlGpmMetricsGet"] - 2 * 119 <= most
+    graphics = [one for one in live.readings if Pipe.GRAPHICS in one.busy_ratio]
+    assert graphics[-1].busy_ratio[Pipe.GRAPHICS] == pytest.approx(gpm["graphics_util"] / 100, abs=0.01)
+    assert live.states[-1].t_ns - live.states[0].t_ns > 25 * NS
+
+
 @pytest.mark.parametrize("code", [3, 999])
 def test_a_ring_that_fails_for_good_leaves_the_next_rung(simulate: NodeFactory, code: int) -> None:
     faults = [Fault.error(RING, code, gpu=0, from_s=20)]

@@ -22,6 +22,7 @@ from jouletrace.gpu.capabilities import Capabilities, advice, probe
 from jouletrace.gpu.readings import (
     ActivityReading,
     Device,
+    DeviceInfo,
     DeviceLostError,
     DriverMismatchError,
     GpuError,
@@ -76,7 +77,15 @@ ENERGY_TIERS = frozenset(
         ("polling", EnergySource.POWER_AVERAGE),
     }
 )
-ACTIVITY_KEPT = 32
+ACTIVITY_KEPT = 64
+"""GPM intervals that the diagnosis can look back on: half a minute, as long as the longest GRAPHICS interval."""
+STATES_KEPT = 32
+UNCLEAR_SECONDS = 5.0
+"""How often GRAPHICS is read while the other metrics do not tell for how much of the time the device was busy."""
+UNCLEAR_SM = (0.005, 0.5)
+"""SM activity between which only GRAPHICS tells that. It is never below SM, so more SM says that the device was busy for
+most of the time; less is nothing. On an H200 SM reads 0.11 in a loop of tiny kernels and 0.13 in decode at 20 % duty,
+where GRAPHICS reads 0.28 and 0.20."""
 BUSY_KEPT = 2048
 """Intervals whose highest activity the ledger can look back on: 15 minutes at the usual two a second."""
 IDLE_WINDOW_NS = 900_000_000
@@ -112,15 +121,25 @@ class _Failing:
 
 @dataclass(frozen=True, slots=True)
 class LiveDevice:
-    """What the ledger needs of a device at one moment."""
+    """What the ledger and the diagnosis need of a device at one moment."""
 
     uuid: str
+    info: DeviceInfo
     timeline: Timeline
     held: bool | None
     """Whether a process holds a context; None when nobody can tell."""
     activities: Sequence[tuple[int, float]]
     """(end_ns, highest activity ratio) of the intervals of the last quarter hour, oldest first."""
     processes: Sequence[ProcessReading] | None
+    readings: Sequence[ActivityReading]
+    """GPM intervals of the last half minute, oldest first; those with GRAPHICS hold nothing else."""
+    has_activity: bool
+    """Whether there is GPM at all."""
+    states: Sequence[StateReading]
+    """Of the last half minute, oldest first."""
+    health: HealthReading | None
+    idle_watts: Mapping[str, float]
+    """Learnt idle levels by kind (`bare`, `parked`)."""
 
 
 class _DeviceAccount:
@@ -144,6 +163,9 @@ class _DeviceAccount:
         self.link_bytes: dict[Link, float] = {}
         self.xid_errors: dict[int, int] = {}
         self.activities: deque[ActivityReading] = deque(maxlen=ACTIVITY_KEPT)
+        self.states: deque[StateReading] = deque(maxlen=STATES_KEPT)
+        self.graphics_ns = 0
+        """When GRAPHICS was last read."""
         self.busy_track: deque[tuple[int, float]] = deque(maxlen=BUSY_KEPT)
         self.published: DeviceSnapshot | None = None
         self.meter: Meter | None = None
@@ -157,6 +179,8 @@ class _DeviceAccount:
         self.state: StateReading | None = None
         self.health: HealthReading | None = None
         self.activity: ActivityReading | None = None
+        self.activities.clear()
+        self.states.clear()
         self.failing.clear()
         self.refusals.clear()
         if self.meter is None:
@@ -239,10 +263,19 @@ class _DeviceAccount:
         timeline, health = self.meter.timeline if self.meter else None, self.health
         if timeline is None:
             return None
-        # One call copies the track while the sampler may add to it.
-        track = list(self.busy_track)
+        # One call each copies what the sampler may add to meanwhile.
         return LiveDevice(
-            self.device.info.uuid, timeline, self.held(), track, None if health is None else health.processes
+            uuid=self.device.info.uuid,
+            info=self.device.info,
+            timeline=timeline,
+            held=self.held(),
+            activities=list(self.busy_track),
+            processes=None if health is None else health.processes,
+            readings=list(self.activities),
+            has_activity=self.capabilities.has_activity,
+            states=list(self.states),
+            health=health,
+            idle_watts={str(kind): level.watts for kind, level in list(self.baseline.levels.items())},
         )
 
     def _busiest(self, start_ns: int, end_ns: int) -> float | None:
@@ -509,7 +542,7 @@ class Sampler:
         ]
         if capabilities.has_activity:
             tiers.append(("activity", lambda: intervals.activity * self._stretch, self._read_activity))
-            tiers.append(("graphics", lambda: intervals.graphics * self._stretch, self._read_graphics))
+            tiers.append(("graphics", lambda: self._graphics_seconds() * self._stretch, self._read_graphics))
         # Memory in use must be known before the first idle window, the ring before the first snapshot.
         source = capabilities.energy_source
         if source is EnergySource.POWER_RING:
@@ -520,6 +553,9 @@ class Sampler:
             tiers.append(("counter", lambda: self._counter_seconds(account), self._read_counter))
         tiers.append(("health", lambda: intervals.health * self._stretch, self._read_health))
         return tiers
+
+    def _graphics_seconds(self) -> float:
+        return min(UNCLEAR_SECONDS, self._intervals.graphics)
 
     def _polling_seconds(self, account: _DeviceAccount) -> float:
         if account.meter is not None and account.meter.source is EnergySource.POWER_POLLING:
@@ -631,12 +667,19 @@ class Sampler:
             account.add_activity(reading)
 
     def _read_graphics(self, account: _DeviceAccount) -> None:
+        now_ns, latest = self.source.clock.now_ns(), account.activity
+        sm_ratio = 0.0 if latest is None else latest.busy_ratio.get(Pipe.SM, 0.0)
+        is_due = now_ns - account.graphics_ns >= int(self._intervals.graphics * self._stretch * NS)
+        if not is_due and not UNCLEAR_SM[0] < sm_ratio < UNCLEAR_SM[1]:
+            return
+        account.graphics_ns = now_ns
         reading = account.device.graphics_activity()
         if reading is not None:
             account.add_activity(reading)
 
     def _read_state(self, account: _DeviceAccount) -> None:
         account.state = account.device.state()
+        account.states.append(account.state)
         if account.capabilities.energy_source is EnergySource.POWER_RING:
             try:
                 account.power = account.device.power()
