@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
 
 import jouletrace
+from jouletrace.diagnosis.node import DiagnosisSnapshot
 from jouletrace.metrics import names
 from jouletrace.metrics.collector import (
     OTHER,
@@ -20,6 +21,7 @@ from jouletrace.metrics.collector import (
     summary_family,
 )
 from jouletrace.metrics.device import device_collectors
+from jouletrace.metrics.diagnosis import diagnosis_collectors
 from jouletrace.metrics.ledger import ledger_collectors
 from jouletrace.requests.account import LedgerSnapshot
 from jouletrace.requests.inbox import Events
@@ -179,11 +181,20 @@ class Exporter:
 
 
 def node_collectors(
-    account: Callable[[], LedgerSnapshot] = LedgerSnapshot, events: Callable[[], Events] = Events
+    account: Callable[[], LedgerSnapshot] = LedgerSnapshot,
+    events: Callable[[], Events] = Events,
+    diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
 ) -> tuple[Collector, ...]:
     """Return all collectors of the node, in the order of the page."""
     build = BuildCollector(jouletrace.__version__, platform.python_version())
-    return (build, *device_collectors(), *ledger_collectors(account, events), SourceCollector(), SamplerCollector())
+    return (
+        build,
+        *device_collectors(),
+        *ledger_collectors(account, events),
+        *diagnosis_collectors(diagnosis, account),
+        SourceCollector(),
+        SamplerCollector(),
+    )
 
 
 def node_registry(
@@ -194,16 +205,18 @@ def node_registry(
     stale_after_seconds: float,
     account: Callable[[], LedgerSnapshot] = LedgerSnapshot,
     events: Callable[[], Events] = Events,
+    diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
 ) -> CollectorRegistry:
     """Return a registry that serves the node's metrics and those of this process.
 
-    `now_ns` is the clock of the snapshot's times; `account` and `events` are the ledger's. Readings are taken for
+    `now_ns` is the clock of the snapshot's times; `account` and `events` are the ledger's, `diagnosis` is the
+    diagnosis' snapshot. Readings are taken for
     old, and are not served, once the sampler's heart has not beaten for `stale_after_seconds`.
     """
     registry = CollectorRegistry(auto_describe=True)
     exporter = Exporter(
         snapshot,
-        node_collectors(account, events),
+        node_collectors(account, events, diagnosis),
         now_ns=now_ns,
         heartbeat_age_seconds=heartbeat_age_seconds,
         stale_after_seconds=stale_after_seconds,

@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from jouletrace.diagnosis.causes import Cause
+from jouletrace.diagnosis.drivers import Driver
+from jouletrace.diagnosis.verdicts import Flag, Verdict
+from jouletrace.diagnosis.waste import WasteCause
 from jouletrace.gpu.readings import Pipe, Sensor, ThrottleReason
 from jouletrace.requests.account import Phase
 from jouletrace.requests.records import Status, Unit
@@ -340,6 +344,132 @@ LEDGER = (
     EVENTS_DROPPED,
 )
 
+DRIVER_ENERGY_JOULES = Metric(
+    "jouletrace_driver_energy_joules_total",
+    "counter",
+    "Energy of the GPU in joules by what it went to: static (paid whatever runs), memory traffic, tensor pipes, other "
+    "compute, links, and unexplained, the part that the model of the GPU does not account for. Sums to the energy of "
+    "the GPU. A model fitted to measurements, not a measurement of each part.",
+    (*_DEVICE, "driver"),
+    tuple(Driver),
+)
+DIAGNOSIS_VERDICT = Metric(
+    "jouletrace_diagnosis_verdict",
+    "gauge",
+    "1 for what limits the GPU now, 0 for the rest. underutilized: active under half of the time. transfer_bound: the "
+    "links are busy and the SMs are not. balanced: nothing stands out, or nobody can tell.",
+    (*_DEVICE, "verdict"),
+    tuple(Verdict),
+)
+DIAGNOSIS_CONFIDENCE_RATIO = Metric(
+    "jouletrace_diagnosis_confidence_ratio",
+    "gauge",
+    "How far to trust the verdict, 0 to 1: distance from its thresholds, and which readings it had. Without GPM "
+    "(before Hopper) bandwidth is inferred and this is low.",
+    _DEVICE,
+)
+DIAGNOSIS_SECONDS = Metric(
+    "jouletrace_diagnosis_seconds_total",
+    "counter",
+    "Time for which each verdict held, in seconds.",
+    (*_DEVICE, "verdict"),
+    tuple(Verdict),
+)
+DIAGNOSIS_ENERGY_JOULES = Metric(
+    "jouletrace_diagnosis_energy_joules_total",
+    "counter",
+    "Energy of the GPU in joules while each verdict held. Sums to the energy of the GPU.",
+    (*_DEVICE, "verdict"),
+    tuple(Verdict),
+)
+DIAGNOSIS_FLAG_SECONDS = Metric(
+    "jouletrace_diagnosis_flag_seconds_total",
+    "counter",
+    "Time for which each flag was up, in seconds; several can be at once. utilization_misleading: NVML's utilization "
+    "says busy while the SMs are not. fp32_pipe: heavy FP32 work while the tensor cores idle.",
+    (*_DEVICE, "flag"),
+    tuple(Flag),
+)
+_ENGINE = ("engine", "model")
+ENGINE_CAUSE = Metric(
+    "jouletrace_engine_cause",
+    "gauge",
+    "1 for why the engine's joules per token are above their best, 0 for the rest. /v1/diagnosis has the numbers and "
+    "the advice.",
+    (*_ENGINE, "cause"),
+    tuple(Cause),
+)
+ENGINE_UNIT_ENERGY_JOULES = Metric(
+    "jouletrace_engine_unit_energy_joules",
+    "gauge",
+    "Joules per unit that the engine made over the last half minute, by part: idle of the GPUs that it holds, the "
+    "fixed part of a step, contexts read (kv), decode, prefill, between_steps, or busy where no step-energy law is "
+    "known. Sums to joules per unit; unit is token (output tokens), image, frame, ...",
+    (*_ENGINE, "unit", "part"),
+    ("idle", "fixed", "kv", "decode", "prefill", "between_steps", "busy"),
+)
+ENGINE_REFERENCE_UNIT_ENERGY_JOULES = Metric(
+    "jouletrace_engine_reference_unit_energy_joules",
+    "gauge",
+    "Joules per output token of the same model at the same batch as the ML.ENERGY benchmark measured them, on the GPU "
+    "of the label gpu_model: another GPU than this one, most likely. Absent where the model or the batch was not "
+    "measured.",
+    (*_ENGINE, "gpu_model", "gpu_count"),
+)
+ENGINE_STEP_FIXED_JOULES = Metric(
+    "jouletrace_engine_step_fixed_joules",
+    "gauge",
+    "a of the step-energy law a + b * batch: joules of a decode step however many sequences take part. Absent while "
+    "the batch has not varied enough to tell and no calibrated law was given.",
+    _ENGINE,
+)
+ENGINE_STEP_MARGINAL_JOULES = Metric(
+    "jouletrace_engine_step_marginal_joules",
+    "gauge",
+    "b of the step-energy law a + b * batch: joules of one more sequence in a step. a / b is the batch at which half "
+    "of a step's energy is fixed.",
+    _ENGINE,
+)
+ENGINE_BATCH_SEQUENCES = Metric(
+    "jouletrace_engine_batch_sequences",
+    "gauge",
+    "Mean number of sequences in a decode step over the last half minute, or of active requests where the engine "
+    "reports no steps.",
+    _ENGINE,
+)
+ENGINE_QUEUE_REQUESTS = Metric(
+    "jouletrace_engine_queue_requests",
+    "gauge",
+    "Requests in the engine as it last said itself: running and waiting.",
+    ("engine", "state"),
+    ("running", "waiting"),
+)
+WASTED_ENERGY_JOULES = Metric(
+    "jouletrace_wasted_energy_joules_total",
+    "counter",
+    "Energy in joules that a named cause burned and somebody could have saved; a lower bound. parked: held without "
+    "any request for longer than diagnosis.parked_after. What cannot be shown to be avoidable is not in it.",
+    (*_DEVICE, "cause"),
+    tuple(WasteCause),
+)
+
+DIAGNOSIS = (
+    DRIVER_ENERGY_JOULES,
+    DIAGNOSIS_VERDICT,
+    DIAGNOSIS_CONFIDENCE_RATIO,
+    DIAGNOSIS_SECONDS,
+    DIAGNOSIS_ENERGY_JOULES,
+    DIAGNOSIS_FLAG_SECONDS,
+    ENGINE_CAUSE,
+    ENGINE_UNIT_ENERGY_JOULES,
+    ENGINE_REFERENCE_UNIT_ENERGY_JOULES,
+    ENGINE_STEP_FIXED_JOULES,
+    ENGINE_STEP_MARGINAL_JOULES,
+    ENGINE_BATCH_SEQUENCES,
+    ENGINE_QUEUE_REQUESTS,
+    WASTED_ENERGY_JOULES,
+)
+
 BUILD_INFO = Metric(
     "jouletrace_build_info",
     "gauge",
@@ -440,7 +570,7 @@ SELF = (
     COLLECTOR_SUCCESS,
 )
 
-ALL = (*DEVICE, *LEDGER, *SELF)
+ALL = (*DEVICE, *LEDGER, *DIAGNOSIS, *SELF)
 
 _PREAMBLE = """\
 # Metrics
@@ -487,6 +617,7 @@ def reference_markdown() -> str:
         _PREAMBLE,
         _table("GPUs", DEVICE),
         _table("Requests", LEDGER),
+        _table("Diagnosis", DIAGNOSIS),
         _table("The exporter itself", SELF),
         _PROCESS,
     ]
