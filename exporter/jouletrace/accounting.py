@@ -5,6 +5,7 @@ Wires the ledger to what feeds it (HTTP API, Unix sockets), to the devices' time
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,8 @@ from aiohttp import web
 
 from jouletrace.clock import Clock
 from jouletrace.config import Config, ConfigError
+from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
+from jouletrace.diagnosis.service import DiagnosisService
 from jouletrace.energy.baseline import QUIET_ACTIVITY
 from jouletrace.engines.sockets import MODES, DatagramServer, StreamServer
 from jouletrace.gpu.readings import ProcessReading
@@ -59,13 +62,23 @@ class LawsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return LawBook(engines=self.engines, models={**priors, **self.models}, schedules=self.schedules)
 
 
-def read_laws(file: str) -> LawBook:
-    """Return the laws of a JSON or YAML file; raises ConfigError with one line."""
+@dataclass(frozen=True, slots=True)
+class KnownModels:
+    """What the operator has said of engines and models."""
+
+    laws: LawBook = field(default_factory=LawBook)
+    descriptions: Mapping[str, ModelDescription] = field(default_factory=dict)
+    """By model."""
+
+
+def read_laws(file: str) -> KnownModels:
+    """Return what a JSON or YAML file says; raises ConfigError with one line."""
     if not file:
-        return LawBook()
+        return KnownModels()
     try:
         # Not strict: YAML 1.1 takes 8.03e9 for a word.
-        return msgspec.yaml.decode(Path(file).read_bytes(), type=LawsFile, strict=False).book()
+        content = msgspec.yaml.decode(Path(file).read_bytes(), type=LawsFile, strict=False)
+        return KnownModels(content.book(), content.descriptions)
     except OSError as failure:
         raise ConfigError(
             f"ledger.laws_file: {file} cannot be read ({failure.strerror}); name a file that is there"
@@ -76,19 +89,23 @@ def read_laws(file: str) -> LawBook:
 
 
 class Accounting:
-    """The services around the ledger. `live` says what the devices are now; called from a worker thread."""
+    """The services around the ledger: intake, API, journal and diagnosis.
+
+    `live` says what the devices are now; called from a worker thread.
+    """
 
     def __init__(self, config: Config, clock: Clock, live: Callable[[], Sequence[LiveDevice]]) -> None:
         self._config = config
         self._live = live
         self.token = config.ingest.token()
-        self._inbox = Inbox(int(config.ingest.queue_records))
+        self._inbox = Inbox(int(config.ingest.queue_records), int(config.ingest.queue_mebibytes) << 20)
         limits = Limits(
             in_flight=int(config.ledger.in_flight_requests),
             settled=int(config.ledger.settled_requests),
             tenants_per_model=int(config.ledger.tenants_per_model),
         )
-        laws = read_laws(config.ledger.laws_file)
+        known = read_laws(config.ledger.laws_file)
+        laws = known.laws
         self._journal: Journal[LedgerState] | None = Journal(Path(config.state_dir), LedgerState)
         state: LedgerState | None = None
         try:
@@ -96,7 +113,7 @@ class Accounting:
         except JournalError as failure:
             _log.warning("the account cannot be saved, a restart will begin anew", problem=str(failure))
             self._journal = None
-        self._ledger = PlacedLedger.begin(state, limits, laws, clock.now_ns(), self._placed)
+        self._ledger = PlacedLedger.begin(state, limits, laws, clock.now_ns(), self._placed, _is_alive)
         self._service: LedgerService[Mapping[str, DeviceView], LedgerState] = LedgerService(
             self._ledger,
             self._inbox,
@@ -104,20 +121,30 @@ class Accounting:
             devices=self._views,
             journal=self._journal,
         )
+        parked_after_seconds = config.diagnosis.parked_after
+        diagnosis = NodeDiagnosis(laws, known.descriptions, parked_after_seconds=parked_after_seconds)
+        self._diagnosis = DiagnosisService(diagnosis, live, lambda: self._service.snapshot)
         self._api = Api(
             self._service,
             self._inbox,
             clock=clock,
+            diagnosis=lambda: self._diagnosis.snapshot,
             token=self.token,
             max_body_bytes=int(config.ingest.max_body_mebibytes) << 20,
         )
-        self._stream, self._datagram = StreamServer(self._inbox), DatagramServer(self._inbox)
-        self._serving: asyncio.Task[None] | None = None
+        check = self._api.admission.check
+        self._stream, self._datagram = StreamServer(self._inbox, check), DatagramServer(self._inbox, check)
+        self._serving: list[asyncio.Task[None]] = []
 
     @property
     def snapshot(self) -> LedgerSnapshot:
         """The account as last settled."""
         return self._service.snapshot
+
+    @property
+    def diagnosis(self) -> DiagnosisSnapshot:
+        """The diagnosis as last evaluated."""
+        return self._diagnosis.snapshot
 
     def events(self) -> Events:
         """Return the counts of records."""
@@ -141,16 +168,19 @@ class Accounting:
             if failure is not None:
                 on_end(failure)
 
-        self._serving = asyncio.create_task(self._service.run())
-        self._serving.add_done_callback(ended)
+        for service in (self._service, self._diagnosis):
+            task = asyncio.create_task(service.run())
+            task.add_done_callback(ended)
+            self._serving.append(task)
 
     async def stop(self) -> None:
         """Take no more records, book what came, settle and save a last time."""
         await self._stream.stop()
         await self._datagram.stop()
-        if self._serving is not None:
-            self._serving.cancel()
-            await asyncio.wait({self._serving})
+        for task in self._serving:
+            task.cancel()
+        if self._serving:
+            await asyncio.wait(self._serving)
         if self._journal is not None:
             self._journal.close()
 
@@ -173,7 +203,14 @@ class Accounting:
         if device.activities:
             end_ns, ratios = zip(*device.activities, strict=True)
             busy = BusyTrack(np.array(end_ns, np.int64), np.array(ratios) > QUIET_ACTIVITY)
-        return DeviceView(device.timeline, device.held, busy, self._shares(device.processes or ()))
+        return DeviceView(
+            device.timeline,
+            held=device.held,
+            busy=busy,
+            engine_shares=self._shares(device.processes or ()),
+            counter=device.counter,
+            limit_watts=device.info.power_limit_watts,
+        )
 
     def _shares(self, processes: Sequence[ProcessReading]) -> Mapping[str, float] | None:
         """Return the SM-time share by engine where several processes share a device."""
@@ -188,13 +225,20 @@ class Accounting:
         return shares or None
 
 
+def _is_alive(record: EngineRecord) -> bool:
+    """Return whether the engine's process is there."""
+    return record.pid is not None and bool(lineage(record.pid))
+
+
 class PlacedLedger(Ledger):
     """A ledger that asks where an engine runs when it does not say, again and again until it is known.
 
-    A process holds no GPU yet while it imports and reads its model.
+    A process holds no GPU yet while it imports and reads its model. One that is there holds its GPU through the
+    night, whether requests come or not.
     """
 
     _place: Callable[[EngineRecord], EngineRecord]
+    _is_alive: Callable[[EngineRecord], bool]
 
     @classmethod
     def begin(
@@ -204,6 +248,7 @@ class PlacedLedger(Ledger):
         laws: LawBook,
         start_ns: int,
         place: Callable[[EngineRecord], EngineRecord],
+        is_alive: Callable[[EngineRecord], bool],
     ) -> "PlacedLedger":
         """Return a new ledger, or one that goes on from a state."""
         if state is None:
@@ -211,8 +256,12 @@ class PlacedLedger(Ledger):
         else:
             ledger = cls.restore(state, limits, laws, start_ns=start_ns)
         assert isinstance(ledger, cls)
-        ledger._place = place
+        ledger._place, ledger._is_alive = place, is_alive
         return ledger
+
+    def is_alive(self, record: EngineRecord) -> bool:
+        """Return whether the engine's process is there."""
+        return self._is_alive(record)
 
     def add_engine(self, record: EngineRecord, now_ns: int) -> Taken:
         """Book an engine, with its devices found by its processes when it names none."""

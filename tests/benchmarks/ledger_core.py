@@ -1,11 +1,12 @@
 """What the ledger costs: `python -m tests.benchmarks.ledger_core` prints CPU microseconds per record and MiB.
 
-Five scenarios, one process, no I/O: requests by three live records and by one complete record, named and counted
-steps of 32 members, and memory with 16,384 requests in flight and 100,000 settled.
+One process: requests by three live records and by one complete record, named and counted steps of 32 members, memory
+with 16,384 requests in flight and 100,000 settled, and a pass and a dump to the journal with so many.
 """
 
 import gc
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 
 from jouletrace.energy.timeline import Timeline
 from jouletrace.requests.devices import BusyTrack, DeviceView
+from jouletrace.requests.journal import Journal
 from jouletrace.requests.law import LawBook
 from jouletrace.requests.ledger import Ledger, Limits
 from jouletrace.requests.records import EngineRecord, PrefillPart, RequestRecord, Status, StepRecord, Usage
+from jouletrace.requests.state import LedgerState
 
 S = 1_000_000_000
 START_NS = 1_700_000_000 * S
@@ -184,6 +187,30 @@ def passes() -> float:
     return each
 
 
+def dumps() -> float:
+    """Milliseconds to dump 16,384 requests in flight that decode, and to write what has changed to the journal."""
+    ledger = new_ledger()
+    views = devices(120)
+    for number in range(16_384):
+        ledger.add_request(request(number, first_ns=START_NS), START_NS)
+    dumped = written = 0.0
+    with tempfile.TemporaryDirectory() as directory:
+        journal = Journal(Path(directory), LedgerState)
+        journal.open()
+        for second in range(10, 31):
+            ledger.settle(views, START_NS + second * S)
+            begin = time.process_time()
+            state = ledger.dump()
+            middle = time.process_time()
+            journal.write(state)
+            if second > 10:
+                dumped += middle - begin
+                written += time.process_time() - middle
+        journal.close()
+    print(f"dump with 16,384 in flight: {dumped / 20 * 1e3:.1f} ms, its journal entry {written / 20 * 1e3:.1f} ms")
+    return dumped
+
+
 def _resident_mib() -> float:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -193,6 +220,7 @@ def _resident_mib() -> float:
 def main() -> None:
     memory()
     passes()
+    dumps()
     request_us = complete_requests()
     live_requests()
     step_us = steps(named=True)

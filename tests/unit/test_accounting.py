@@ -24,7 +24,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 
 def test_laws_by_engine_and_model_and_priors_from_descriptions(tmp_path: Path) -> None:
-    book = read_laws(
+    known = read_laws(
         written(
             tmp_path,
             "engines: {e: {fixed_joules: 2.5, prefill_token_joules: 0.0154, decode_sequence_joules: 0.04}}\n"
@@ -34,6 +34,8 @@ def test_laws_by_engine_and_model_and_priors_from_descriptions(tmp_path: Path) -
             "gpu: H200\n",
         )
     )
+    book = known.laws
+    assert set(known.descriptions) == {"llama"}
     assert book.law("e", ["m"]) == Law(
         fixed_joules=2.5, prefill_token_joules=0.0154, decode_sequence_joules=0.04, provenance=Provenance.CONFIGURED
     )
@@ -70,7 +72,11 @@ def test_a_missing_laws_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_no_file_means_the_generic_prior() -> None:
-    assert read_laws("").law("e", []).provenance is Provenance.PRIOR
+    assert read_laws("").laws.law("e", []).provenance is Provenance.PRIOR
+
+
+def never(record: EngineRecord) -> bool:
+    return False
 
 
 def test_an_engine_is_looked_for_until_its_process_holds_a_gpu_also_after_a_restart() -> None:
@@ -83,12 +89,12 @@ def test_an_engine_is_looked_for_until_its_process_holds_a_gpu_also_after_a_rest
     def placed(record: EngineRecord) -> EngineRecord:
         return msgspec.structs.replace(record, gpu_uuids=record.gpu_uuids or holders.get(record.pid, ()))
 
-    first = PlacedLedger.begin(None, Limits(), LawBook(), 0, placed)
+    first = PlacedLedger.begin(None, Limits(), LawBook(), 0, placed, never)
     first.settle(devices, S)
     first.add_engine(EngineRecord(engine_id="e", models=("m",), pid=7), S)
     first.settle(devices, 2 * S)
     assert [record.gpu_uuids for record in first.engines] == [()]
-    again = PlacedLedger.begin(first.dump(), Limits(), LawBook(), 2 * S, placed)
+    again = PlacedLedger.begin(first.dump(), Limits(), LawBook(), 2 * S, placed, never)
     holders[7] = ("h",)
     record = RequestRecord(request_id="x", arrival_ns=40 * S, first_token_ns=40 * S)
     again.add_request(record, 40 * S)
@@ -98,3 +104,24 @@ def test_an_engine_is_looked_for_until_its_process_holds_a_gpu_also_after_a_rest
     answer = again.price("x")
     assert answer is not None and answer.final
     assert answer.energy_joules == pytest.approx(1000)
+
+
+def test_an_engine_whose_process_is_there_bears_the_idle_energy_of_the_whole_night() -> None:
+    line = Timeline(0)
+    line.extend([t * S for t in range(1, 801)], [100.0] * 800)
+    devices = {"g": DeviceView(line, held=True)}
+    limits = Limits(engine_expiry_ns=200 * S)
+    for is_there, night_seconds in ((True, 800), (False, 200)):
+
+        def is_alive(record: EngineRecord, is_there: bool = is_there) -> bool:
+            return is_there and record.pid == 7
+
+        ledger = PlacedLedger.begin(None, limits, LawBook(), 0, lambda record: record, is_alive)
+        ledger.add_engine(EngineRecord(engine_id="e", models=("m",), pid=7), 0)
+        for second in range(0, 831, 10):
+            ledger.settle(devices, second * S)
+            ledger.expire(second * S)
+        assert [record.engine_id for record in ledger.engines] == ["e"] * is_there
+        assert ledger.snapshot().idle_joules["g", "parked"] == pytest.approx(80_000)
+        # Without its process it is gone after 200 s; what was settled by then trails by up to 20 s.
+        assert ledger.snapshot().allocated_joules["m", "", "e"] == pytest.approx(night_seconds * 100, abs=2000)

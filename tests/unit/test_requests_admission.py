@@ -22,6 +22,30 @@ def test_an_engine_is_known_from_the_account_or_the_inbox() -> None:
     assert admission.check()(EngineRecord(engine_id="c")) is None
 
 
+def test_an_engine_that_the_account_dropped_for_its_silence_stays_known() -> None:
+    settled = {"restored", "other"}
+    admission = Admission(Inbox(), lambda: settled, SystemClock())
+    admission.check()
+    settled.remove("restored")
+    check = admission.check()
+    assert check(RequestRecord(request_id="r", engine_id="restored")) is None
+    refusal = check(RequestRecord(request_id="r", engine_id="typo"))
+    assert refusal is not None
+    assert refusal.reason == "unknown_engine"
+
+
+def test_engines_of_long_ago_are_forgotten() -> None:
+    settled: set[str] = set()
+    admission = Admission(Inbox(), lambda: settled, SystemClock())
+    for number in range(ENGINE_IDS + 10):
+        settled.clear()
+        settled.add(str(number))
+        admission.check()
+    check = admission.check()
+    assert check(RequestRecord(request_id="r", engine_id="9")) is not None
+    assert check(RequestRecord(request_id="r", engine_id="10")) is None
+
+
 async def test_the_inbox_remembers_a_bounded_number_of_engines() -> None:
     inbox = Inbox(10 * ENGINE_IDS)
     inbox.offer(Origin.HTTP, [EngineRecord(engine_id=f"{i}") for i in range(ENGINE_IDS + 1)])

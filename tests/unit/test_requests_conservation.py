@@ -155,7 +155,7 @@ def test_conservation(
     limits = Limits(
         in_flight=in_flight, settled=rng.choice((5, 1000)), tenants_per_model=2, steps=rng.choice((50, 65_536))
     )
-    ledger = Ledger(limits, book, default_tenant="nobody", start_ns=START_NS + rng.randrange(S))
+    ledger = Ledger(limits, book, start_ns=START_NS + rng.randrange(S))
     engines: list[Timed] = []
     for number, name in enumerate(names):
         mine = tuple(uuids) if number == 0 and rng.random() < 0.4 else (uuids[0 if shared else number % 2],)
@@ -182,7 +182,7 @@ def test_conservation(
             ledger.expire(now_ns + rng.choice((0, 400 * S, 2000 * S)))
         if turn in breaks:
             state = msgspec.msgpack.decode(msgspec.msgpack.encode(ledger.dump()), type=LedgerState)
-            ledger = Ledger.restore(state, limits, book, default_tenant="nobody", start_ns=now_ns)
+            ledger = Ledger.restore(state, limits, book, start_ns=now_ns)
         assert residual(ledger) < 1e-9
         after = counters(ledger.snapshot())
         for key, value in before.items():

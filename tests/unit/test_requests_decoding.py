@@ -1,11 +1,12 @@
 import json
+import tracemalloc
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jouletrace.requests.decoding import SLICE_LINES, LineError, RecordDecoder, Slice, TooManyRecordsError
+from jouletrace.requests.decoding import SLICE_BYTES, SLICE_LINES, LineError, RecordDecoder, TooManyRecordsError, slices
 from jouletrace.requests.records import EngineRecord, Record, RecordKind, RequestRecord, Status, StepRecord, Unit, Usage
 
 REQUEST = RecordDecoder(RecordKind.REQUEST)
@@ -186,7 +187,8 @@ def test_what_we_encode_we_decode() -> None:
         StepRecord(engine_id="e", start_ns=1, end_ns=2, decode_requests=3, prefill_tokens=4),
         RequestRecord(request_id="a", model="m", status=Status.FAILED, usage=Usage(output=1)),
     ):
-        assert ANY.lines([msgspec.json.encode(record)]) == Slice(1, [record], [])
+        part = ANY.lines([msgspec.json.encode(record)])
+        assert (part.records, part.errors) == ([record], [])
 
 
 def test_too_many_records_are_refused_as_a_whole() -> None:
@@ -223,6 +225,41 @@ near_records = st.dictionaries(st.sampled_from([*FIELDS, "record", "x"]), json_v
 )
 
 
+# What JSON allows and few expect, and what it does not allow and many write.
+odd_values = st.sampled_from(
+    [
+        *("1e400", "-1e400", "NaN", "Infinity", "-0", "0.1e-999", "1" * 5000, "9223372036854775808", "1.0", "1e3"),
+        *(
+            '"\\ud800"',
+            '"\\udc00\\ud800"',
+            '"\\u0000"',
+            '"\x00"',
+            '"\x7f\u2028"',
+            '"\U0001f600"',
+            '"\\x41"',
+            '"' + "x" * 300 + '"',
+        ),
+        *(
+            "[" * 2000,
+            "[" * 600 + "]" * 600,
+            '{"a":' * 600 + "1" + "}" * 600,
+            "[[]]",
+            "{}",
+            "[null]",
+            "",
+            "'a'",
+            "01",
+            "+1",
+            "tru",
+        ),
+    ]
+)
+odd_records = st.lists(st.tuples(st.sampled_from([*FIELDS, "record", "x"]), odd_values), max_size=6).map(
+    # Joined by hand: keys may come twice.
+    lambda fields: ("{" + ",".join(f'"{name}":{value}' for name, value in fields) + "}").encode()
+)
+
+
 def never_raises(body: bytes) -> None:
     for decoder in (REQUEST, STEP, ENGINE, ANY):
         one = decoder.body(body)
@@ -245,6 +282,50 @@ def test_any_bytes_are_taken_or_explained(body: bytes) -> None:
 def test_anything_near_a_record_is_taken_or_explained(lines: list[bytes], between: bytes, array: bool) -> None:
     body = between.join(lines)
     never_raises(b"[" + body + b"]" if array else body)
+
+
+@given(st.lists(odd_records, max_size=4), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_odd_values_in_any_field_are_taken_or_explained(lines: list[bytes], array: bool) -> None:
+    never_raises(b"[" + b",".join(lines) + b"]" if array else b"\n".join(lines))
+
+
+def test_of_a_key_that_comes_twice_the_last_counts() -> None:
+    [record], [] = decoded(REQUEST, b'{"request_id":"a","request_id":"b"}')
+    assert record == RequestRecord(request_id="b")
+
+
+def test_slices_are_bounded_in_bytes_too() -> None:
+    long = b'{"request_id":"' + b"x" * 200 + b'","y":"' + b"y" * (SLICE_BYTES // 4) + b'"}'
+    assert list(slices([long] * 10)) == [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
+    assert list(slices([b"{}" * SLICE_BYTES, b"{}"])) == [range(0, 1), range(1, 2)]
+    assert list(slices([])) == []
+
+
+@pytest.mark.parametrize(
+    ("decoder", "line"),
+    [
+        (REQUEST, FULL_REQUEST.replace("\n", "").encode()),
+        (REQUEST, b'{"request_id":"a"}'),
+        (
+            STEP,
+            b'{"engine_id":"e","start_ns":1,"end_ns":2,"decode":[%s]}' % b",".join(b'"%d"' % i for i in range(9999)),
+        ),
+        (
+            STEP,
+            b'{"engine_id":"e","start_ns":1,"end_ns":2,"prefill":[%s]}'
+            % b",".join(b'{"request_id":"chatcmpl-%020d","tokens":%d}' % (i, i + 300) for i in range(999)),
+        ),
+    ],
+)
+def test_what_records_take_in_memory_is_known_within_a_factor_of_two(decoder: RecordDecoder, line: bytes) -> None:
+    lines = [line] * 200
+    tracemalloc.start()
+    part = decoder.lines(lines)
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(part.records) == 200
+    assert taken / 2 < part.held_bytes < taken * 2.5
 
 
 @given(st.integers(0, len(FULL_REQUEST)), st.binary(max_size=3))

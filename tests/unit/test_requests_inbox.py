@@ -73,3 +73,30 @@ async def test_waiting_for_records_and_for_their_end() -> None:
     assert batch is not None
     inbox.done(batch)
     await asyncio.wait_for(drained, 1)
+
+
+async def test_memory_is_bounded_as_well_as_records() -> None:
+    inbox = Inbox(1024, 1 << 20)
+    assert inbox.offer(Origin.STREAM, some(1), 600_000)
+    assert not inbox.is_full
+    assert not inbox.offer(Origin.STREAM, some(1), 600_000)
+    assert inbox.is_full
+    assert inbox.offer(Origin.HTTP, some(1), 400_000)
+    assert (len(inbox), inbox.held_bytes) == (2, 1_000_000)
+    # Room again when half of it is free.
+    for left, is_full in ((400_000, False), (0, False)):
+        batch = inbox.take()
+        assert batch is not None
+        inbox.done(batch)
+        assert (inbox.held_bytes, inbox.is_full) == (left, is_full)
+
+
+async def test_a_batch_larger_than_the_whole_is_taken_alone() -> None:
+    inbox = Inbox(1024, 1 << 20)
+    assert inbox.offer(Origin.HTTP, some(1), 1)
+    assert not inbox.offer(Origin.HTTP, some(1), 1 << 30)
+    batch = inbox.take()
+    assert batch is not None
+    inbox.done(batch)
+    assert inbox.offer(Origin.HTTP, some(1), 1 << 30)
+    assert not inbox.offer(Origin.HTTP, some(1), 1)

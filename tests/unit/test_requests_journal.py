@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from jouletrace.requests.journal import FILE, MAGIC, Journal, JournalError, boot_id
+from jouletrace.requests.journal import FILE, MAGIC, PIECE_ENTRIES, Journal, JournalError, boot_id
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -75,11 +75,12 @@ def test_only_changes_are_appended(tmp_path: Path) -> None:
     assert (tmp_path / FILE).stat().st_size - before < 100
 
 
-def test_a_file_cut_at_any_byte_gives_the_last_complete_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [history(), history()[2:]], ids=["from nothing", "from entries"])
+def test_a_file_cut_at_any_byte_gives_the_last_complete_state(tmp_path: Path, told: list[Account]) -> None:
     one = journal(tmp_path / "whole")
     one.open()
     ends = []
-    for state in history():
+    for state in told:
         one.write(state)
         ends.append((tmp_path / "whole" / FILE).stat().st_size)
     one.close()
@@ -92,20 +93,21 @@ def test_a_file_cut_at_any_byte_gives_the_last_complete_state(tmp_path: Path) ->
         complete = sum(1 for end in ends if end <= length)
         with capture_logs() as logs:
             found = reopened(cut)
-        assert found == (history()[complete - 1] if complete else None), length
+        assert found == (told[complete - 1] if complete else None), length
         assert len(logs) == (0 if length in ends else 1), length
 
 
-def test_a_byte_damaged_anywhere_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [history(), history()[2:]], ids=["from nothing", "from entries"])
+def test_a_byte_damaged_anywhere_is_found(tmp_path: Path, told: list[Account]) -> None:
     one = journal(tmp_path)
     one.open()
-    for state in history():
+    for state in told:
         one.write(state)
     one.close()
     content = (tmp_path / FILE).read_bytes()
     for at in range(len(content)):
         (tmp_path / FILE).write_bytes(content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :])
-        assert reopened(tmp_path) in [None, *history()[:-1]], at
+        assert reopened(tmp_path) in [None, *told[:-1]], at
 
 
 @given(st.binary(max_size=200))
@@ -117,6 +119,21 @@ def test_any_content_is_survived(tmp_path_factory: pytest.TempPathFactory, conte
     for whole in (content, MAGIC + content, MAGIC + frame, MAGIC + frame * 2):
         (directory / FILE).write_bytes(whole)
         assert reopened(directory) is None
+
+
+def test_a_whole_state_in_pieces_counts_only_when_all_are_there(tmp_path: Path) -> None:
+    state = Account(
+        7, "x", {("m", "t"): 1.5}, {str(number): Entry(number / 8) for number in range(2 * PIECE_ENTRIES + 1)}
+    )
+    one = journal(tmp_path)
+    one.open()
+    one.write(state)
+    one.close()
+    assert reopened(tmp_path) == state
+    content = (tmp_path / FILE).read_bytes()
+    for part in (0.1, 0.5, 0.9):
+        (tmp_path / FILE).write_bytes(content[: int(len(content) * part)])
+        assert reopened(tmp_path) is None
 
 
 def test_after_a_crash_it_goes_on_from_there(tmp_path: Path) -> None:

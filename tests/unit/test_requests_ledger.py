@@ -4,6 +4,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike, NDArray
 from tests.ledger_driver import Timed, drive, residual, tell, views
 from tests.step_simulator import START_NS, Cost, Run, S, Simulator, relative_errors
 
@@ -41,7 +42,7 @@ BOOK = LawBook(default=law_of(LLAMA))
 
 
 def ledger(book: LawBook = BOOK, *engines: EngineRecord, **limits: int) -> Ledger:
-    made = Ledger(Limits(**limits), book, default_tenant="nobody")
+    made = Ledger(Limits(**limits), book)
     for engine in engines or (ENGINE,):
         made.add_engine(engine, START_NS)
     return made
@@ -266,6 +267,162 @@ def test_an_engine_without_requests_keeps_its_part_as_unattributed() -> None:
     assert answer is not None
     assert answer.energy_joules == pytest.approx(6000)
     assert book.snapshot().unattributed_joules["g"] == pytest.approx(2000)
+
+
+def whole_life(engine_id: str, start: int, end: int, name: str = "x") -> RequestRecord:
+    return RequestRecord(
+        request_id=name,
+        engine_id=engine_id,
+        model="m",
+        tenant="t",
+        arrival_ns=START_NS + start * S,
+        first_token_ns=START_NS + start * S,
+        end_ns=START_NS + end * S,
+        status=Status.FINISHED,
+        usage=Usage(input=1, output=100),
+    )
+
+
+def even_line(seconds: int, watts: float = 400.0) -> Timeline:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, seconds + 1)], [watts] * seconds)
+    return line
+
+
+def test_time_is_shared_by_the_reading_that_held_then() -> None:
+    line = even_line(40)
+    book = ledger(BOOK, replace_devices("g", engine_id="e"), replace_devices("g", engine_id="f"))
+    for engine_id in "ef":
+        # Their feeds are known to be slow, so that nothing is settled for 40 s.
+        assert book.add_request(whole_life(engine_id, -40, -39, "slow"), START_NS + S) is Taken.ACCEPTED
+    for now in range(1, 50):
+        shares = {"e": 0.6, "f": 0.2} if now <= 10 else {"e": 0.1, "f": 0.3}
+        book.settle(views({"g": line}, engine_shares=shares), START_NS + now * S)
+        if now == 25:
+            for engine_id in "ef":
+                book.add_request(whole_life(engine_id, 0, 15), START_NS + 25 * S)
+    book.settle(views({"g": line}), START_NS + 50 * S, close_ns=START_NS + 40 * S)
+    e, f = book.price("x", "e"), book.price("x", "f")
+    assert e is not None and f is not None
+    # 10 s at 3 to 1, then 5 s at 1 to 3.
+    assert (e.energy_joules, f.energy_joules) == pytest.approx((3000 + 500, 1000 + 1500))
+    assert residual(book) < 1e-9
+
+
+def test_an_announced_engine_that_tells_nothing_holds_nobody_back() -> None:
+    line = even_line(60)
+    book = ledger(BOOK, replace_devices("g", engine_id="e"), replace_devices("g", engine_id="announced"))
+    devices = views({"g": line})
+    told = [
+        (
+            START_NS + end * MS,
+            msgspec.structs.replace(
+                whole_life("e", 0, 0, f"r{end}"),
+                arrival_ns=START_NS + (end - 500) * MS,
+                first_token_ns=START_NS + (end - 400) * MS,
+                end_ns=START_NS + end * MS,
+            ),
+        )
+        for end in range(500, 20_000, 10)
+    ]
+    drive(book, devices, told, START_NS + 20 * S)
+    # 100 requests a second of half a second: what waits to be settled is the last two to three seconds.
+    assert book.snapshot().settled_ns >= START_NS + 17 * S
+    assert sum(book.snapshot().requests.values()) > 1600
+    # Its own first request is told live, and finds its energy; one that is told late finds what is still open.
+    live_one = whole_life("announced", 25, 30, "live")
+    late_one = whole_life("announced", 5, 12, "late")
+    start = msgspec.structs.replace(live_one, end_ns=None, status=Status.RUNNING)
+    drive_on = [(START_NS + 25 * S, start), (START_NS + 30 * S, live_one), (START_NS + 40 * S, late_one)]
+    now_ns = START_NS + 20 * S
+    while now_ns < START_NS + 120 * S:
+        now_ns += S
+        for at_ns, record in drive_on:
+            if at_ns == now_ns:
+                tell(book, record, now_ns)
+        book.settle(devices, now_ns)
+    live_answer, late_answer = book.price("live"), book.price("late")
+    assert live_answer is not None and live_answer.final
+    assert live_answer.energy_joules == pytest.approx(5 * 400)
+    assert late_answer is None or late_answer.energy_joules == 0
+    assert residual(book) < 1e-9
+
+
+class BrokenLaw:
+    """A law whose coefficients cannot be asked for."""
+
+    provenance = Provenance.CALIBRATED
+    error = 0.02
+
+    def __getattr__(self, name: str) -> float:
+        raise ArithmeticError(name)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_cannot_be_distributed_is_unattributed_and_the_rest_goes_on(named: bool) -> None:
+    run, other = Simulator(LLAMA, seed=4).run(), Simulator(LLAMA, seed=5, engine_id="f", prefix="o").run()
+    broken, sound = replace_devices("g", engine_id="e"), replace_devices("h", engine_id="f")
+    book = ledger(LawBook(engines={"e": BrokenLaw()}, default=law_of(LLAMA)), broken, sound)  # type: ignore[dict-item]
+    devices = views({"g": run.timeline(seconds_after=20), "h": other.timeline(seconds_after=20)})
+    told = [*(steps_of(run) if named else live(run)), *steps_of(other)]
+    told += [one for job in other.jobs for one in job.live("f")]
+    told.sort(key=lambda one: one[0])
+    failures, at = 0, 0
+    for second in range(1, 60):
+        now_ns = START_NS + second * S
+        while at < len(told) and told[at][0] <= now_ns:
+            tell(book, told[at][1], told[at][0])
+            at += 1
+        try:
+            book.settle(devices, now_ns)
+        except ArithmeticError:
+            failures += 1
+        assert residual(book) < 1e-9
+    assert failures > 10
+    seen = book.snapshot()
+    assert seen.unattributed_joules["g"] == pytest.approx(sum(run.step_joules), rel=0.01)
+    assert seen.unattributed_joules["h"] == pytest.approx(0, abs=1e-6)
+    assert relative_errors(found(book, other, "f"), other.truth)[1] < 1e-6
+    assert seen.device_joules["g"] == pytest.approx(run.timeline(seconds_after=20).joules)
+
+
+class BrokenTimeline(Timeline):
+    """A timeline that cannot be read at some times."""
+
+    broken = False
+
+    def energies_at(self, t_ns: ArrayLike) -> NDArray[np.float64]:
+        if self.broken:
+            raise OSError
+        return super().energies_at(t_ns)
+
+
+def test_energy_that_cannot_be_read_waits_for_the_next_pass() -> None:
+    line = BrokenTimeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 41)], [400.0] * 40)
+    devices = views({"bad": line, "good": even_line(40)})
+    book = ledger(BOOK, replace_devices("bad", "good"))
+    book.settle(devices, START_NS + 20 * S)
+    line.broken = True
+    with pytest.raises(OSError):
+        book.settle(devices, START_NS + 40 * S, close_ns=START_NS + 40 * S)
+    assert residual(book) < 1e-9
+    line.broken = False
+    book.settle(devices, START_NS + 40 * S, close_ns=START_NS + 40 * S)
+    assert book.snapshot().device_joules == pytest.approx({"bad": 16_000, "good": 16_000})
+    assert residual(book) < 1e-9
+
+
+def test_a_device_that_is_lost_does_not_make_the_account_old() -> None:
+    lost, here = even_line(10), even_line(100)
+    book = ledger()
+    book.settle(views({"lost": lost, "here": here}), START_NS + 11 * S)
+    assert START_NS < book.snapshot().settled_ns <= START_NS + 10 * S
+    book.settle(views({"lost": lost, "here": here}), START_NS + 100 * S)
+    assert book.snapshot().settled_ns == START_NS + 100 * S
+    book.settle(views({"here": here}), START_NS + 101 * S)
+    assert book.snapshot().settled_ns == START_NS + 100 * S
+    assert book.snapshot().device_joules["lost"] == pytest.approx(4000)
 
 
 def test_prefix_cache_hits_pay_no_prefill_compute() -> None:
@@ -501,7 +658,7 @@ def test_requests_without_end_expire_as_failed() -> None:
     book.settle(views({"g": line}), START_NS + 999 * S)
     book.expire(START_NS + 999 * S)
     book.settle(views({"g": line}), START_NS + 1002 * S, close_ns=START_NS + 1000 * S)
-    assert book.snapshot().requests == {("m", "nobody", Status.FAILED): 1}
+    assert book.snapshot().requests == {("m", "", Status.FAILED): 1}
 
 
 def test_an_engine_that_is_gone_makes_room_and_owns_no_device_and_may_come_back() -> None:
@@ -527,8 +684,8 @@ def test_an_engine_that_is_gone_makes_room_and_owns_no_device_and_may_come_back(
     assert book.add_request(request("y", 950), START_NS + 960 * S) is Taken.ACCEPTED
     book.settle(views({"g": line}), START_NS + 1100 * S, close_ns=START_NS + 1000 * S)
     seen = book.snapshot()
-    assert seen.attributed_joules["m", "nobody", "f", Phase.DECODE] == pytest.approx(1000)
-    assert seen.allocated_joules["m", "nobody", "e"] == before.allocated_joules["m", "nobody", "e"]
+    assert seen.attributed_joules["m", "", "f", Phase.DECODE] == pytest.approx(1000)
+    assert seen.allocated_joules["m", "", "e"] == before.allocated_joules["m", "", "e"]
     assert residual(book) < 1e-9
     old = book.price("x")
     assert old is not None and old.final and old.engine_id == "e"
@@ -725,7 +882,7 @@ def test_restart_goes_on_where_it_was() -> None:
     drive(book, devices, [one for one in told if one[0] <= middle], middle)
     before = book.snapshot()
     state = msgspec.msgpack.decode(msgspec.msgpack.encode(book.dump()), type=LedgerState)
-    again = Ledger.restore(state, Limits(), BOOK, default_tenant="nobody", start_ns=middle)
+    again = Ledger.restore(state, Limits(), BOOK, start_ns=middle)
     assert again.snapshot().attributed_joules == pytest.approx(before.attributed_joules)
     assert again.snapshot().requests == before.requests
     assert again.snapshot().tokens == before.tokens

@@ -285,7 +285,7 @@ async def test_a_settling_that_fails_leaves_the_last_account_and_is_logged_until
             await asyncio.sleep(0.1)
             assert rig.service.snapshot.settled_ns > shown.settled_ns
     failed, recovered = logs
-    assert failed["event"].startswith("the account cannot be settled and stands still")
+    assert failed["event"].startswith("the account cannot be settled: ")
     assert (failed["log_level"], failed["exc_info"]) == ("warning", True)
     assert recovered["event"] == "the account is settled again"
     assert recovered["occurrences"] > 1

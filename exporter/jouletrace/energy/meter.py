@@ -403,6 +403,12 @@ class Meter:
 
     # ---------------------------------------------------------------- the counter
 
+    @property
+    def counter_at(self) -> tuple[int, float] | None:
+        """The counter's newest good reading: the time (ns) whose energy it shows on average, and joules."""
+        reading = self._counter
+        return None if reading is None else (_seen_ns(reading), reading.energy_mj / 1e3)
+
     def add_counter(self, reading: CounterReading) -> None:
         """Take in a reading of the hardware counter: the source itself on rung 2, else the cross-check.
 

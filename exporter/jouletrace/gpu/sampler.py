@@ -83,9 +83,9 @@ STATES_KEPT = 32
 UNCLEAR_SECONDS = 5.0
 """How often GRAPHICS is read while the other metrics do not tell for how much of the time the device was busy."""
 UNCLEAR_SM = (0.005, 0.5)
-"""SM activity between which only GRAPHICS tells that. It is never below SM, so more SM says that the device was busy for
-most of the time; less is nothing. On an H200 SM reads 0.11 in a loop of tiny kernels and 0.13 in decode at 20 % duty,
-where GRAPHICS reads 0.28 and 0.20."""
+"""SM activity between which only GRAPHICS tells that. It is never below SM, so more SM says that the device was busy
+for most of the time; less is nothing. On an H200 SM reads 0.11 in a loop of tiny kernels and 0.13 in decode at 20 %
+duty, where GRAPHICS reads 0.28 and 0.20."""
 BUSY_KEPT = 2048
 """Intervals whose highest activity the ledger can look back on: 15 minutes at the usual two a second."""
 IDLE_WINDOW_NS = 900_000_000
@@ -126,6 +126,8 @@ class LiveDevice:
     uuid: str
     info: DeviceInfo
     timeline: Timeline
+    counter: tuple[int, float] | None
+    """The hardware energy counter's newest reading: the time (ns) whose energy it shows, and joules."""
     held: bool | None
     """Whether a process holds a context; None when nobody can tell."""
     activities: Sequence[tuple[int, float]]
@@ -268,6 +270,7 @@ class _DeviceAccount:
             uuid=self.device.info.uuid,
             info=self.device.info,
             timeline=timeline,
+            counter=self.meter.counter_at if self.meter else None,
             held=self.held(),
             activities=list(self.busy_track),
             processes=None if health is None else health.processes,

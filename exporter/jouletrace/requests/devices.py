@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from jouletrace.energy.timeline import Timeline
 Int64s = NDArray[np.int64]
 Float64s = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+_Value = TypeVar("_Value")
 
 
 ACTIVITY_LAG_NS = 100_000_000
@@ -84,35 +86,54 @@ class DeviceView:
     busy: BusyTrack | None = None
     """From GPM activity (or utilization); None when not known (time without requests is then taken as idle)."""
     engine_shares: Mapping[str, float] | None = None
-    """SM-time share by engine id over the last reading, for a device that several engines share."""
+    """SM-time share by engine id in the newest reading, for a device that several engines share."""
+    counter: tuple[int, float] | None = None
+    """The hardware energy counter's newest reading: the time (ns) whose energy it shows, and joules."""
+    limit_watts: float | None = None
 
 
-class HeldHistory:
-    """Whether processes held a device, by time: energy is settled seconds or minutes after it was used."""
+class _History(Generic[_Value]):
+    """What held by time: energy is settled seconds or minutes after it was used."""
 
     def __init__(self) -> None:
         self._until_ns: list[int] = []
-        self._held: list[bool | None] = []
+        self._values: list[_Value] = []
 
-    def note(self, now_ns: int, held: bool | None, settled_ns: int) -> None:
+    def note(self, now_ns: int, value: _Value, settled_ns: int) -> None:
         """Remember what holds from the last note up to now; what lies before `settled_ns` is not needed any more."""
-        if self._held and self._held[-1] is held:
+        if self._values and self._values[-1] == value:
             self._until_ns[-1] = max(now_ns, self._until_ns[-1])
         else:
             self._until_ns.append(max(now_ns, self._until_ns[-1] if self._until_ns else now_ns))
-            self._held.append(held)
+            self._values.append(value)
         while len(self._until_ns) > 1 and self._until_ns[0] < settled_ns:
-            del self._until_ns[0], self._held[0]
+            del self._until_ns[0], self._values[0]
+
+    def changes(self) -> Int64s:
+        """Return the times at which it changes."""
+        return np.array(self._until_ns[:-1], np.int64)
+
+    def _rows(self, times_ns: Int64s) -> Int64s:
+        rows: Int64s = np.minimum(np.searchsorted(self._until_ns, times_ns), len(self._values) - 1)
+        return rows
+
+
+class HeldHistory(_History[bool | None]):
+    """Whether processes held a device; None where nobody could tell."""
 
     def at(self, times_ns: Int64s, *, unknown: bool) -> Bools:
         """Return the answer at each time; `unknown` where nobody could tell."""
-        row = np.minimum(np.searchsorted(self._until_ns, times_ns), len(self._held) - 1)
-        found: Bools = np.array([unknown if held is None else held for held in self._held])[row]
+        found: Bools = np.array([unknown if held is None else held for held in self._values])[self._rows(times_ns)]
         return found
 
-    def changes(self) -> Int64s:
-        """Return the times at which the answer changes."""
-        return np.array(self._until_ns[:-1], np.int64)
+
+class TimeShares(_History[Mapping[str, float]]):
+    """How engines shared a device's SM time, by engine id."""
+
+    def of(self, engine_id: str, times_ns: Int64s) -> Float64s:
+        """Return an engine's share at each time, 0 where the readings do not know it."""
+        found: Float64s = np.array([shares.get(engine_id, 0.0) for shares in self._values])[self._rows(times_ns)]
+        return found
 
 
 def brackets(view: DeviceView, times_ns: Int64s) -> Float64s:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from jouletrace.energy.timeline import DEPTH_NS
 from jouletrace.requests import law as laws
+from jouletrace.requests.account import EngineState, EngineTotals
 from jouletrace.requests.inflight import NOBODY, Inference, InFlight
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
-from jouletrace.requests.records import EngineRecord, Role
+from jouletrace.requests.records import EngineRecord, Role, StepRecord, Usage
 from jouletrace.requests.split import (
     NEVER,
     Activity,
+    AnonymousShares,
     Boundaries,
     Shares,
     StepMembers,
@@ -148,6 +150,13 @@ class Engine:
         self._delays_ns: deque[int] = deque(maxlen=LATEST_DELAYS)
         self._hold_ns: float | None = None
         self._hold_seen_ns = 0
+        self.totals = EngineTotals()
+        """What it has used and done in this process's time."""
+        self._state = EngineState()
+        self._begun: dict[tuple[int, int], tuple[float, float]] = {}
+        """Joules and seconds so far of steps that a pass has cut, by start and end."""
+        self._whole_until_ns = 0
+        """Where the newest step ended that is settled whole."""
         self.device_joules: dict[str, float] = {}
         """What it has used of each device: the key by which energy that nobody claims goes back."""
         self.sequence_watts = 0.0
@@ -183,6 +192,18 @@ class Engine:
         return self.record.engine_id
 
     # ---------------------------------------------------------------- what comes in
+
+    @property
+    def state(self) -> EngineState:
+        """What it last said of its queue."""
+        return replace(self._state, max_num_seqs=self.record.max_num_seqs)
+
+    def note_queue(self, record: StepRecord) -> None:
+        """Take over what a step tells of the queue, unless a newer one has told."""
+        if record.running is None and record.waiting is None and record.kv_usage is None:
+            return
+        if record.end_ns >= self._state.t_ns:
+            self._state = EngineState(record.end_ns, record.running, record.waiting, record.kv_usage)
 
     def observe_delay(self, delay_ns: int, now_ns: int) -> None:
         """Note how old something was when it was told; what is older than the timeline tells nothing of the feed."""
@@ -322,46 +343,96 @@ class Engine:
             by_boundaries &= busy
         return Seen(step, by_boundaries, seen)
 
+    def use(self, joules: float) -> None:
+        """Count busy energy of its devices, whoever it will turn out to belong to."""
+        self.busy_joules += joules
+        self.totals = replace(self.totals, busy_joules=self.totals.busy_joules + joules)
+
+    def bear_idle(self, joules: float) -> None:
+        """Count its part of the idle energy of the devices that it holds."""
+        self.totals = replace(self.totals, idle_joules=self.totals.idle_joules + joules)
+
+    def count_ended(self, usages: Sequence[Usage]) -> None:
+        """Count what requests that are settled consumed and produced."""
+        units = dict(self.totals.units)
+        for usage in usages:
+            if usage.unit is not None:
+                units[usage.unit] = units.get(usage.unit, 0.0) + usage.count
+        self.totals = replace(
+            self.totals,
+            output_tokens=self.totals.output_tokens + sum(usage.output for usage in usages),
+            input_tokens=self.totals.input_tokens + sum(usage.input for usage in usages),
+            units=units,
+        )
+
     def distribute(
         self, plan: Plan, seen: Seen, edges: Int64s, joules: Float64s, *, slack: float, table: InFlight
     ) -> None:
         """Give the engine's energy by slice to its requests; counted members' part waits to be claimed.
 
-        What belongs to nobody collects in the table's slot for nobody.
+        What belongs to nobody collects in the table's slot for nobody. Everything is worked out before anything is
+        booked: when this raises, nothing of the energy has been given to anybody.
         """
-        if plan.steps:
-            self._distribute_steps(plan, seen, joules, slack, table)
-        if plan.boundaries is not None and seen.activity is not None and seen.by_boundaries.any():
-            shares = split_boundaries(
-                joules, seen.by_boundaries, plan.boundaries, seen.activity, law=self.split_law, schedule=self.schedule
-            )
-            energy, sequences, prompted = company(joules, plan.boundaries, seen.activity, edges)
-            table.decode_energy[plan.slots] += energy
-            table.decode_company[plan.slots] += sequences
-            table.decode_prompts[plan.slots] += prompted
-            table.add(shares, plan.slots)
-            total = shares.total()
-            table.boundary_joules[plan.slots] += total
-            if self.schedule is PrefillSchedule.EXCLUSIVE:
-                table.exclusive_joules[plan.slots] += total
-            table.error_joules[plan.slots] += total * (laws.boundary_error(self.schedule, self.law) + slack)
-            # Rounding of cumulative sums (1e-16 of the pass) must not be lost from the account.
-            table.decode_marginal[NOBODY] += float(joules[seen.by_boundaries].sum()) - float(total.sum())
-            seconds = np.diff(edges)[seen.by_boundaries] @ seen.activity.decodes[seen.by_boundaries] / 1e9
-            prompts = float(plan.boundaries.group_tokens.sum())
-            self._learn_rates(shares, float(seconds), prompts)
+        steps = self._share_steps(plan, seen, joules, len(table.engine)) if plan.steps else None
+        boundaries = self._share_boundaries(plan, seen, edges, joules)
+        active = np.diff(edges)[seen.active].sum() / 1e9
+        self.totals = replace(self.totals, active_seconds=self.totals.active_seconds + float(active))
+        if steps is not None:
+            self._book_steps(plan, steps, slack, table)
+        if boundaries is not None:
+            self._book_boundaries(plan, boundaries, slack, table)
         self.settled_ns = plan.until_ns
 
-    def _distribute_steps(self, plan: Plan, seen: Seen, joules: Float64s, slack: float, table: InFlight) -> None:
-        steps = plan.steps
+    def pass_by(self, plan: Plan) -> None:
+        """Leave the time of a plan behind whose energy could not be distributed."""
+        self._begun.clear()
+        self.settled_ns = max(self.settled_ns, plan.until_ns)
+
+    def _share_boundaries(self, plan: Plan, seen: Seen, edges: Int64s, joules: Float64s) -> "_SharedTime | None":
+        boundaries, sight, taken = plan.boundaries, seen.activity, seen.by_boundaries
+        if boundaries is None or sight is None or not taken.any():
+            return None
+        shares = split_boundaries(joules, taken, boundaries, sight, law=self.split_law, schedule=self.schedule)
+        prompting = np.append(boundaries.group_members, 0)[sight.group[taken]]
+        seconds = np.diff(edges)[taken] / 1e9
+        return _SharedTime(
+            shares=shares,
+            joules=float(joules[taken].sum()),
+            company=company(joules, boundaries, sight, edges),
+            decode_seconds=float(seconds @ sight.decodes[taken]),
+            sequence_seconds=float(seconds @ (sight.decodes[taken] + prompting)),
+            prompt_tokens=float(boundaries.group_tokens.sum()),
+        )
+
+    def _book_boundaries(self, plan: Plan, found: "_SharedTime", slack: float, table: InFlight) -> None:
+        energy, sequences, prompted = found.company
+        table.decode_energy[plan.slots] += energy
+        table.decode_company[plan.slots] += sequences
+        table.decode_prompts[plan.slots] += prompted
+        table.add(found.shares, plan.slots)
+        total = found.shares.total()
+        table.boundary_joules[plan.slots] += total
+        if self.schedule is PrefillSchedule.EXCLUSIVE:
+            table.exclusive_joules[plan.slots] += total
+        table.error_joules[plan.slots] += total * (laws.boundary_error(self.schedule, self.law) + slack)
+        # Rounding of cumulative sums (1e-16 of the pass) must not be lost from the account.
+        table.decode_marginal[NOBODY] += found.joules - float(total.sum())
+        self._count_shares(found.shares)
+        self.totals = replace(self.totals, sequence_seconds=self.totals.sequence_seconds + found.sequence_seconds)
+        self._learn_rates(found.shares, found.decode_seconds, found.prompt_tokens)
+
+    def _share_steps(self, plan: Plan, seen: Seen, joules: Float64s, slots: int) -> "_SharedSteps":
         inside = seen.step >= 0
-        by_step = sums(seen.step[inside], joules[inside], len(steps))
-        members = _members(steps)
-        shares, counted, empty = split_steps(by_step, members, self.law, len(table.engine))
+        by_step = sums(seen.step[inside], joules[inside], len(plan.steps))
+        members = _members(plan.steps)
+        return _SharedSteps(by_step, members, *split_steps(by_step, members, self.law, slots))
+
+    def _book_steps(self, plan: Plan, found: "_SharedSteps", slack: float, table: InFlight) -> None:
+        steps, members, shares = plan.steps, found.members, found.shares
         table.add(shares)
         total = shares.total()
         table.error_joules += total * (laws.STEPS_ERROR + slack)
-        table.decode_marginal[NOBODY] += float(empty.sum())
+        table.decode_marginal[NOBODY] += float(found.empty.sum())
         other = (members.other_decodes > 0) | (members.other_prefills > 0)
         waiting = 0.0
         if other.any():
@@ -372,19 +443,77 @@ class Engine:
             # A step that two passes share brings its tokens in two parts.
             whole = np.maximum(np.array([step.end_ns for step in steps], np.int64) - began, 1)
             part = np.clip((plan.step_until_ns - starts) / whole, 1e-6, 1.0)
-            self.unclaimed.append_steps(
-                starts[other],
-                plan.step_until_ns[other],
-                counted.of(other, part),
-                members.other_decodes[other],
-                (members.other_prefill_tokens * part)[other],
-            )
+            counted, sequences = found.counted.of(other, part), members.other_decodes[other]
+            tokens = (members.other_prefill_tokens * part)[other]
+            self.unclaimed.append_steps(starts[other], plan.step_until_ns[other], counted, sequences, tokens)
             waiting = self.unclaimed.joules - before
-        table.decode_marginal[NOBODY] += float(by_step.sum()) - float(total.sum()) - float(empty.sum()) - waiting
-        seconds = float(
-            ((members.decode_count + members.other_decodes) * (plan.step_until_ns - plan.step_from_ns)).sum()
+            self._count_phases(
+                float(tokens @ (counted.token_fixed_each + counted.token_marginal_each)),
+                float(sequences @ (counted.decode_fixed_each + counted.decode_marginal_each)),
+                float(tokens @ counted.token_fixed_each + sequences @ counted.decode_fixed_each),
+            )
+        rest = float(found.joules.sum()) - float(total.sum()) - float(found.empty.sum()) - waiting
+        table.decode_marginal[NOBODY] += rest
+        self._count_shares(shares)
+        self._count_steps(plan, found)
+        seconds = (plan.step_until_ns - plan.step_from_ns) / 1e9
+        decodes = members.decode_count + members.other_decodes
+        self._learn_rates(shares, float(seconds @ decodes), float(members.prefill_tokens.sum()))
+
+    def _count_shares(self, shares: Shares) -> None:
+        fixed = float(shares.prefill_fixed.sum()), float(shares.decode_fixed.sum())
+        self._count_phases(
+            fixed[0] + float(shares.prefill_marginal.sum()), fixed[1] + float(shares.decode_marginal.sum()), sum(fixed)
         )
-        self._learn_rates(shares, seconds / 1e9, float(members.prefill_tokens.sum()))
+
+    def _count_phases(self, prefill: float, decode: float, fixed: float) -> None:
+        totals = self.totals
+        self.totals = replace(
+            totals,
+            prefill_joules=totals.prefill_joules + prefill,
+            decode_joules=totals.decode_joules + decode,
+            fixed_joules=totals.fixed_joules + fixed,
+        )
+
+    def _count_steps(self, plan: Plan, found: "_SharedSteps") -> None:
+        """Count the steps that end in this pass, with the energy and time that earlier passes found of them.
+
+        A step that came when part of its time was settled is left out: its energy would not fit its work.
+        """
+        members, seconds = found.members, (plan.step_until_ns - plan.step_from_ns) / 1e9
+        joules, lasted = found.joules.copy(), seconds.copy()
+        chosen = np.ones(len(plan.steps), np.bool_)
+        begun, self._begun = self._begun, {}
+        for at, step in enumerate(plan.steps):
+            if plan.from_ns <= step.start_ns and step.end_ns <= plan.until_ns:
+                continue
+            key = (step.start_ns, step.end_ns)
+            # Of two steps that overlap, the later-ended one began behind the other.
+            began_ns = max(step.start_ns, self._whole_until_ns)
+            known = begun.get(key, (0.0, 0.0) if began_ns >= plan.from_ns - HOST_GAP_NS else None)
+            if known is not None:
+                joules[at] += known[0]
+                lasted[at] += known[1]
+                if step.end_ns > plan.until_ns:
+                    self._begun[key] = (float(joules[at]), float(lasted[at]))
+            chosen[at] = known is not None and step.end_ns <= plan.until_ns
+        whole_ns = [step.end_ns for step, is_whole in zip(plan.steps, chosen.tolist(), strict=True) if is_whole]
+        self._whole_until_ns = max(whole_ns, default=self._whole_until_ns)
+        decodes = members.decode_count + members.other_decodes
+        prefills = members.prefill_count + members.other_prefills
+        prompting = np.repeat(np.arange(len(chosen)), members.prefill_count)
+        tokens = sums(prompting, members.prefill_tokens, len(chosen)) + members.other_prefill_tokens
+        totals, passes = self.totals, members.passes[chosen]
+        self.totals = replace(
+            totals,
+            sequence_seconds=totals.sequence_seconds + float(seconds @ (decodes + prefills)),
+            step_joules=totals.step_joules + float(joules[chosen].sum()),
+            step_seconds=totals.step_seconds + float(lasted[chosen].sum()),
+            steps=totals.steps + float(passes.sum()),
+            step_prefill_tokens=totals.step_prefill_tokens + float(tokens[chosen].sum()),
+            step_decode_sequences=totals.step_decode_sequences + float(passes @ decodes[chosen]),
+            step_kv_tokens=totals.step_kv_tokens + float(members.kv_tokens[chosen].sum()),
+        )
 
     def _learn_rates(self, shares: Shares, sequence_seconds: float, prompt_tokens: float) -> None:
         decode = float(shares.decode_fixed.sum() + shares.decode_marginal.sum())
@@ -417,6 +546,9 @@ class Engine:
             law=self.law,
         )
         table.add(shares, slots)
+        if not self.counting:
+            # Of counted steps the phases are known, and counted, before anybody claims them.
+            self._count_shares(shares)
         total = shares.total()
         table.count_joules[slots] += total
         table.error_joules[slots] += total * laws.COUNTS_ERROR
@@ -468,6 +600,29 @@ class Engine:
         prompt = 0.0 if np.isnan(prompt_tokens) else self.law.prefill_token_joules * prompt_tokens
         each = self.law.fixed_joules / TYPICAL_BATCH + self.law.decode_sequence_joules
         return start_ns + round((end_ns - start_ns) * prompt / max(prompt + each * max(output_tokens, 1), 1e-12))
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedTime:
+    """What boundaries gave to the requests of a plan."""
+
+    shares: Shares
+    joules: float
+    company: tuple[Float64s, Float64s, Float64s]
+    decode_seconds: float
+    sequence_seconds: float
+    prompt_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedSteps:
+    """What the steps of a plan gave to their members."""
+
+    joules: Float64s
+    members: StepMembers
+    shares: Shares
+    counted: AnonymousShares
+    empty: Float64s
 
 
 def _members(steps: Sequence[Step]) -> StepMembers:

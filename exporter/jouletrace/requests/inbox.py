@@ -10,6 +10,8 @@ from jouletrace.requests.records import EngineRecord, Record
 
 ENGINE_IDS = 4096
 """Engines that are remembered as announced; a node has some tens."""
+RECORD_BYTES = 1024
+"""What a record of ours is taken to hold where nobody has counted it."""
 
 
 class Origin(StrEnum):
@@ -48,15 +50,24 @@ class Batch:
 
     origin: str
     records: Sequence[Record]
+    held_bytes: int
+    """About what the records take in memory."""
 
 
 class Inbox:
-    """A queue of records that belongs to the event loop; it never holds more than `capacity` of them."""
+    """A queue of records that belongs to the event loop.
 
-    def __init__(self, capacity: int = 65_536) -> None:
+    It never holds more than `capacity` of them, nor more than about `capacity_bytes` in memory: one step may name
+    65,536 requests and takes ten thousand times the room of another. Only an empty queue takes a batch that is larger
+    than the whole, else it could never be taken.
+    """
+
+    def __init__(self, capacity: int = 65_536, capacity_bytes: int = 64 << 20) -> None:
         self.capacity = capacity
+        self.capacity_bytes = capacity_bytes
         self._batches: deque[Batch] = deque()
         self._waiting = 0
+        self._held_bytes = 0
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
@@ -74,16 +85,32 @@ class Inbox:
     def __len__(self) -> int:
         return self._waiting
 
-    def offer(self, origin: str, records: Sequence[Record]) -> bool:
-        """Take all of the records and count them as received, or take none and return False."""
+    @property
+    def held_bytes(self) -> int:
+        """About what the records in the queue take in memory."""
+        return self._held_bytes
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an offer was turned down and there is no room for another yet; see `room`."""
+        return not self._room.is_set()
+
+    def offer(self, origin: str, records: Sequence[Record], held_bytes: int | None = None) -> bool:
+        """Take all of the records and count them as received, or take none and return False.
+
+        `held_bytes` is about what they take in memory (`decoding.held_bytes`).
+        """
         if not records:
             return True
-        if self._waiting + len(records) > self.capacity:
+        if held_bytes is None:
+            held_bytes = RECORD_BYTES * len(records)
+        waiting, held = self._waiting + len(records), self._held_bytes + held_bytes
+        if waiting > self.capacity or (held > self.capacity_bytes and self._waiting):
             self._room.clear()
             return False
         self._received[origin] += len(records)
-        self._batches.append(Batch(origin, records))
-        self._waiting += len(records)
+        self._batches.append(Batch(origin, records, held_bytes))
+        self._waiting, self._held_bytes = waiting, held
         self._drained.clear()
         self._filled.set()
         for record in records:
@@ -114,8 +141,9 @@ class Inbox:
     def done(self, batch: Batch) -> None:
         """Give the batch's room back."""
         self._waiting -= len(batch.records)
+        self._held_bytes -= batch.held_bytes
         # Half of the room, not the first place: else a full queue wakes every sender for each record.
-        if self._waiting <= self.capacity // 2:
+        if self._waiting <= self.capacity // 2 and self._held_bytes <= self.capacity_bytes // 2:
             self._room.set()
         if not self._waiting:
             self._filled.clear()

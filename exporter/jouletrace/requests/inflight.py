@@ -1,7 +1,6 @@
 """Requests that are not settled yet: their words in objects, their numbers in columns for whole passes at a time."""
 
-from dataclasses import dataclass, field
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,10 +11,26 @@ Int64s = NDArray[np.int64]
 NOBODY = 0
 """Slot of whoever found no room: what it collects is unattributed."""
 NO_ACCOUNT = -1
+NOTHING = Usage()
 
 
-@dataclass(slots=True, eq=False)
-class Inference:
+class InFlightState(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What has been told of a request in flight; its numbers lie in `LedgerState.in_flight_numbers`."""
+
+    request_id: str
+    engine_id: str
+    attempt: int
+    described: bool
+    model: str | None
+    tenant: str | None
+    trace_id: str | None
+    arrival_ns: int | None
+    status: Status
+    usage: Usage
+
+
+# Without gc, as nothing in it refers back to it: a collector that walks through 16,384 of them stops the process.
+class Inference(msgspec.Struct, eq=False, gc=False):
     """One request in flight, as far as it has been described."""
 
     request_id: str
@@ -30,7 +45,9 @@ class Inference:
     trace_id: str | None = None
     arrival_ns: int | None = None
     status: Status = Status.RUNNING
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = NOTHING
+    saved: InFlightState | None = None
+    """Its words as they were last saved; None when they have changed since."""
 
 
 class InFlight:

@@ -78,6 +78,8 @@ class EngineRecord(_Record, frozen=True, kw_only=True, tag=RecordKind.ENGINE.val
     gpu_uuids: Annotated[tuple[Identifier, ...], Meta(max_length=1024)] = ()
     """Empty: every device of the node when it has one only, else found by pid."""
     role: Role = Role.MIXED
+    max_num_seqs: Annotated[int, Meta(ge=1, le=2**40)] | None = None
+    """Most sequences that it runs at once, as its configuration says."""
 
 
 class PrefillPart(_Part, frozen=True, kw_only=True):

@@ -276,19 +276,26 @@ class LedgerService(Generic[Devices, State]):
         """Settle and return the account, and all that a restart needs; the last account when that fails."""
         now_ns = self._clock.now_ns()
         try:
+            self._settle_and_expire(now_ns)
+            # Also of a settling that failed: what it could settle adds up, and is not lost with the process.
+            return self._ledger.snapshot(), self._ledger.dump() if dump else None
+        except Exception:
+            self._complain("the account cannot be shown and saved; please report this", "snapshot")
+            return self._snapshot, None
+
+    def _settle_and_expire(self, now_ns: int) -> None:
+        try:
             self._ledger.settle(self._devices(), now_ns)
             self._ledger.expire(now_ns)
-            settled = self._ledger.snapshot(), self._ledger.dump() if dump else None
         except Exception:
             self._settlings.failed(
                 "settle",
-                "the account cannot be settled and stands still (jouletrace_account_age_seconds grows); please report "
-                "this",
+                "the account cannot be settled: energy goes unattributed, or the account stands still "
+                "(jouletrace_account_age_seconds grows); please report this",
                 exc_info=True,
             )
-            return self._snapshot, None
-        self._settlings.recovered("settle", "the account is settled again")
-        return settled
+        else:
+            self._settlings.recovered("settle", "the account is settled again")
 
     async def _save_and_show(
         self, journal: Journal[State], state: State, snapshot: LedgerSnapshot, number: int

@@ -1,14 +1,17 @@
 """What of the ledger outlives a restart."""
 
 from collections.abc import Sequence
-from math import isnan
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from jouletrace.requests.inflight import NO_ACCOUNT, SUM_COLUMNS, Inference, InFlight
-from jouletrace.requests.records import EngineRecord, Status, Unit, Usage
+from jouletrace.requests.downtime import CounterState
+from jouletrace.requests.inflight import SUM_COLUMNS, Inference, InFlight, InFlightState
+from jouletrace.requests.records import EngineRecord, Status, Unit
 from jouletrace.requests.split import NEVER
+
+Int64s = NDArray[np.int64]
 
 
 class AccountState(msgspec.Struct, frozen=True):
@@ -20,29 +23,6 @@ class AccountState(msgspec.Struct, frozen=True):
     prefill: float
     decode: float
     idle: float
-
-
-class InFlightState(msgspec.Struct, frozen=True):
-    """A request in flight; times that have not come are None."""
-
-    request_id: str
-    engine_id: str
-    attempt: int
-    described: bool
-    model: str | None
-    tenant: str | None
-    trace_id: str | None
-    arrival_ns: int | None
-    status: Status
-    usage: Usage
-    start_ns: int | None
-    first_token_ns: int | None
-    end_ns: int | None
-    seen_ns: int
-    tokens: float | None
-    account: int | None
-    sums: tuple[float, ...]
-    """By the names of `inflight.SUM_COLUMNS`."""
 
 
 class HistogramState(msgspec.Struct, frozen=True):
@@ -78,79 +58,95 @@ class LedgerState(msgspec.Struct, frozen=True):
     unattributed_joules: dict[str, float]
     unclaimed_joules: dict[str, float]
     """By device: what waits to be claimed; a restart cannot keep by whom."""
+    counters: dict[str, CounterState]
+    """By device."""
     tenants: dict[str, TenantState]
     """By model and tenant, joined."""
     histograms: dict[str, HistogramState]
     in_flight: dict[int, InFlightState]
     """By slot."""
+    in_flight_numbers: dict[str, bytes]
+    """By the names of `NUMBERS`: a 64 bit number for each request, in the order of the column `slot`."""
 
 
-def requests_of(table: InFlight, engine_ids: Sequence[str]) -> dict[int, InFlightState]:
-    """Return all requests in flight by slot; `engine_ids` by engine number."""
-    live = [one for one in table.inferences if one is not None]
-    slots = np.array([one.slot for one in live], np.int64)
-    times = [getattr(table, name)[slots].tolist() for name in ("start_ns", "first_token_ns", "end_ns", "seen_ns")]
-    tokens, accounts = table.tokens[slots].tolist(), table.account[slots].tolist()
-    sums = np.stack([getattr(table, name)[slots] for name in SUM_COLUMNS], axis=1).tolist()
-    return {
-        one.slot: InFlightState(
-            request_id=one.request_id,
-            engine_id=engine_ids[one.engine],
-            attempt=one.attempt,
-            described=one.described,
-            model=one.model,
-            tenant=one.tenant,
-            trace_id=one.trace_id,
-            arrival_ns=one.arrival_ns,
-            status=one.status,
-            usage=one.usage,
-            start_ns=_known(start_ns),
-            first_token_ns=_known(first_ns),
-            end_ns=_known(end_ns),
-            seen_ns=seen_ns,
-            tokens=None if isnan(prompt) else prompt,
-            account=None if account == NO_ACCOUNT else account,
-            sums=tuple(parts),
-        )
-        for one, start_ns, first_ns, end_ns, seen_ns, prompt, account, parts in zip(
-            live, *times, tokens, accounts, sums, strict=True
-        )
-    }
+_TIMES = ("start_ns", "first_token_ns", "end_ns", "seen_ns")
+NUMBERS = ("slot", "account", *_TIMES, "tokens", *SUM_COLUMNS)
 
 
-def unpaid_joules(state: InFlightState) -> float:
-    """Return what a request used without its account having been charged, joules."""
-    parts = dict(zip(SUM_COLUMNS, state.sums, strict=True))
-    used = parts["prefill_fixed"] + parts["prefill_marginal"] + parts["decode_fixed"] + parts["decode_marginal"]
-    return max(0.0, used - parts["paid_prefill"] - parts["paid_decode"])
+def words_of(table: InFlight, engine_ids: Sequence[str]) -> dict[int, InFlightState]:
+    """Return the words of all requests in flight by slot, the same objects as before where nothing has changed.
+
+    `engine_ids` are by engine number.
+    """
+    return {one.slot: one.saved or _saved(one, engine_ids[one.engine]) for one in table.inferences if one is not None}
 
 
-def not_after(state: InFlightState, limit_ns: int) -> InFlightState:
-    """Return a request with every time that is known at most `limit_ns`."""
-    names = ("arrival_ns", "start_ns", "first_token_ns", "end_ns", "seen_ns")
-    known = {name: getattr(state, name) for name in names}
-    return msgspec.structs.replace(state, **{name: min(at, limit_ns) for name, at in known.items() if at is not None})
+def numbers_of(table: InFlight) -> dict[str, bytes]:
+    """Return the numbers of all requests in flight."""
+    slots = np.flatnonzero(table.engine >= 0)
+    return {"slot": slots.tobytes()} | {name: getattr(table, name)[slots].tobytes() for name in NUMBERS[1:]}
 
 
-def restore_request(state: InFlightState, table: InFlight, engine: int, account: int) -> Inference | None:
-    """Put a request back into the table, with its engine's number and its account; None when there is no room."""
+def _saved(one: Inference, engine_id: str) -> InFlightState:
+    one.saved = InFlightState(
+        request_id=one.request_id,
+        engine_id=engine_id,
+        attempt=one.attempt,
+        described=one.described,
+        model=one.model,
+        tenant=one.tenant,
+        trace_id=one.trace_id,
+        arrival_ns=one.arrival_ns,
+        status=one.status,
+        usage=one.usage,
+    )
+    return one.saved
+
+
+class Rows:
+    """The numbers of a state's requests, with no time behind `limit_ns`; rows in the order of their last sign."""
+
+    def __init__(self, state: LedgerState, limit_ns: int) -> None:
+        columns = {
+            name: np.frombuffer(state.in_flight_numbers.get(name, b""), getattr(_EMPTY, name).dtype)
+            for name in NUMBERS[1:]
+        }
+        slots = np.frombuffer(state.in_flight_numbers.get("slot", b""), np.int64)
+        order = np.argsort(columns["seen_ns"], kind="stable")
+        self.slots = slots[order].tolist()
+        self._columns = {name: column[order] for name, column in columns.items()}
+        for name in _TIMES:
+            times = self._columns[name]
+            self._columns[name] = np.where(times < NEVER, np.minimum(times, limit_ns), times)
+
+    @property
+    def accounts(self) -> Int64s:
+        """The number of each row's account in the state, `NO_ACCOUNT` where it has none."""
+        return self._columns["account"]
+
+    def unpaid_joules(self, row: int) -> float:
+        """Return what a request used without its account having been charged, joules."""
+        at = {name: float(self._columns[name][row]) for name in SUM_COLUMNS}
+        used = at["prefill_fixed"] + at["prefill_marginal"] + at["decode_fixed"] + at["decode_marginal"]
+        return max(0.0, used - at["paid_prefill"] - at["paid_decode"])
+
+    def put(self, table: InFlight, rows: Sequence[int], slots: Sequence[int]) -> None:
+        """Write rows into a table's slots, without their accounts."""
+        for name in (*_TIMES, "tokens", *SUM_COLUMNS):
+            getattr(table, name)[list(slots)] = self._columns[name][list(rows)]
+
+
+_EMPTY = InFlight(0)
+"""Tells the columns' types."""
+
+
+def restore_words(state: InFlightState, table: InFlight, engine: int, limit_ns: int) -> Inference | None:
+    """Put a request back into the table, with its engine's number; None when there is no room."""
     inference = table.open(state.request_id, state.attempt, engine)
     if inference is None:
         return None
     inference.described = state.described
     inference.model, inference.tenant, inference.trace_id = state.model, state.tenant, state.trace_id
-    inference.arrival_ns, inference.status, inference.usage = state.arrival_ns, state.status, state.usage
-    slot = inference.slot
-    for name in ("start_ns", "first_token_ns", "end_ns"):
-        value = getattr(state, name)
-        getattr(table, name)[slot] = NEVER if value is None else value
-    table.seen_ns[slot] = state.seen_ns
-    table.tokens[slot] = np.nan if state.tokens is None else state.tokens
-    table.account[slot] = account
-    for name, total in zip(SUM_COLUMNS, state.sums, strict=True):
-        getattr(table, name)[slot] = total
+    inference.arrival_ns = None if state.arrival_ns is None else min(state.arrival_ns, limit_ns)
+    inference.status, inference.usage = state.status, state.usage
     return inference
-
-
-def _known(time_ns: int) -> int | None:
-    return None if time_ns >= NEVER else time_ns
