@@ -422,6 +422,14 @@ class Ingest(Section, frozen=True):
         Number,
         Meta(ge=1024, le=500_000, description="Records that may wait to be booked before senders are slowed down."),
     ] = 65536.0
+    queue_mebibytes: Annotated[
+        Number,
+        Meta(
+            ge=8,
+            le=4096,
+            description="Memory that waiting records may take, about, before senders are slowed down.",
+        ),
+    ] = 64.0
 
     @property
     def stream_path(self) -> Path | None:
@@ -539,6 +547,19 @@ class Readiness(Section, frozen=True):
     ] = 5.0
 
 
+class Diagnosis(Section, frozen=True):
+    """What is called waste."""
+
+    parked_after: Annotated[
+        Duration,
+        Meta(
+            ge=1.0,
+            le=604800.0,
+            description="A GPU that an engine holds without any request for longer wastes its energy from then on.",
+        ),
+    ] = 600.0
+
+
 class Driver(Section, frozen=True):
     """What to do when the driver fails."""
 
@@ -585,6 +606,7 @@ class Config(Section, frozen=True):
     ingest: Ingest = Ingest()
     ledger: Ledger = Ledger()
     sampling: Sampling = Sampling()
+    diagnosis: Diagnosis = Diagnosis()
     readiness: Readiness = Readiness()
     driver: Driver = Driver()
     replay: Replay = Replay()

@@ -453,3 +453,18 @@ def test_the_file_works_alone(tmp_path: Path) -> None:
     foreign = {name for name in done.stdout.split() if not name.startswith("_")} - sys.stdlib_module_names
     assert foreign == {"energy_client"}
     assert importlib.util.find_spec("energy_client") is None
+
+
+def test_what_a_stream_refuses_is_counted(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        client = Client(daemon.stream)
+        for _ in range(3):
+            client.send("request", {"request_id": "r", "arrival_ns": -1})
+        client.send("request", {"request_id": "good"})
+        assert client.flush(5)
+        assert len(daemon.requests(1)) == 1
+        # The answers are there by now; the next delivery reads them.
+        client.send("request", {"request_id": "also good"})
+        assert client.flush(5)
+        assert client.dropped == 3
+        client.close()

@@ -1,19 +1,27 @@
 import asyncio
 import contextlib
+import json
 import os
+import random
 import shutil
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from jouletrace.clock import SystemClock
 from jouletrace.engines import sockets
 from jouletrace.engines.sockets import DatagramServer, SocketError, StreamServer
+from jouletrace.requests.admission import Admission
+from jouletrace.requests.decoding import Check
 from jouletrace.requests.inbox import Events, Inbox
 from jouletrace.requests.records import EngineRecord, Record, RequestRecord
 
@@ -25,8 +33,10 @@ def line(number: int) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def stream(path: Path, inbox: Inbox, **options: int) -> AsyncIterator[StreamServer]:
-    server = StreamServer(inbox, **options)
+async def stream(
+    path: Path, inbox: Inbox, check: Callable[[], Check] | None = None, **options: int
+) -> AsyncIterator[StreamServer]:
+    server = StreamServer(inbox, check, **options)
     await server.start(path)
     try:
         yield server
@@ -35,9 +45,9 @@ async def stream(path: Path, inbox: Inbox, **options: int) -> AsyncIterator[Stre
 
 
 @contextlib.asynccontextmanager
-async def datagram(path: Path, inbox: Inbox) -> AsyncIterator[socket.socket]:
+async def datagram(path: Path, inbox: Inbox, check: Callable[[], Check] | None = None) -> AsyncIterator[socket.socket]:
     """Yield a client of a datagram server."""
-    server = DatagramServer(inbox)
+    server = DatagramServer(inbox, check)
     await server.start(path)
     client = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     client.connect(str(path))
@@ -309,3 +319,122 @@ async def test_what_else_can_be_in_the_way(tmp_path: Path) -> None:
         with pytest.raises(SocketError, match=reason):
             await StreamServer(Inbox()).start(path)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def admission(inbox: Inbox) -> Callable[[], Check]:
+    """Return the daemon's own check, with one engine in the account."""
+    return Admission(inbox, lambda: {"e"}, SystemClock()).check
+
+
+def requests_by_line(now_ns: int) -> list[bytes]:
+    return [
+        json.dumps({"record": "request", "request_id": "r"} | more).encode()
+        for more in (
+            {"engine_id": "e", "end_ns": now_ns},
+            {"engine_id": "e", "end_ns": now_ns + 60 * 10**9},
+            {"engine_id": "e", "arrival_ns": 1, "end_ns": now_ns - 3600 * 10**9},
+            {"engine_id": "typo"},
+        )
+    ]
+
+
+LATE = "is older than the 15 minutes that the timeline keeps"
+UNKNOWN = "no engine of this name is known; send it to /v1/engines first"
+
+
+async def test_a_stream_hears_what_was_refused_and_where(tmp_path: Path) -> None:
+    inbox = Inbox()
+    async with stream(tmp_path / "s", inbox, admission(inbox), max_line_bytes=1000):
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
+        good, future, late, unknown = requests_by_line(time.time_ns())
+        writer.write(good + b"\n" + future + b"\n\n" + late + b"\n" + unknown[:20])
+        told = [json.loads(await asyncio.wait_for(reader.readline(), 5)) for _ in range(2)]
+        writer.write(unknown[20:] + b"\n" + b"x" * 1001 + b"\n" + b'{"record":"request"}\n')
+        told += [json.loads(await asyncio.wait_for(reader.readline(), 5)) for _ in range(3)]
+        writer.close()
+        await writer.wait_closed()
+    assert sorted(told, key=lambda answer: int(answer["line"])) == [
+        {"line": 2, "field": "end_ns", "message": "lies 60 s in the future", "reason": "future"},
+        {"line": 4, "field": "end_ns", "message": LATE, "reason": "late"},
+        {"line": 5, "field": "engine_id", "message": UNKNOWN, "reason": "unknown_engine"},
+        {"line": 6, "field": "", "message": "is over 1000 bytes; send less in one record", "reason": "too_long"},
+        {"line": 7, "field": "request_id", "message": "is missing", "reason": "invalid"},
+    ]
+    reasons = ("future", "late", "unknown_engine", "too_long", "invalid")
+    assert inbox.events() == Events({"stream": 6}, {("stream", reason): 1 for reason in reasons})
+
+
+async def test_datagrams_are_refused_in_silence_and_counted_by_reason(tmp_path: Path) -> None:
+    inbox = Inbox()
+    async with datagram(tmp_path / "d", inbox, admission(inbox)) as client:
+        client.send(b"\n".join(requests_by_line(time.time_ns())))
+        await arrived(inbox, "datagram", 4)
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+    reasons = ("future", "late", "unknown_engine")
+    assert inbox.events() == Events({"datagram": 4}, {("datagram", reason): 1 for reason in reasons})
+
+
+async def test_a_writer_that_never_reads_its_answers_loses_nothing(tmp_path: Path) -> None:
+    inbox = Inbox()
+    async with stream(tmp_path / "s", inbox):
+        # 3 MB of answers, of which the kernel holds 200 kB; then it goes, and its last line has no newline.
+        await sent(tmp_path / "s", *[b"nonsense\n" * 500 + A] * 60, A.strip())
+        await arrived(inbox, "stream", 30_061)
+    assert inbox.events() == Events({"stream": 30_061}, {("stream", "invalid"): 30_000})
+    assert len(inbox) == 61
+
+
+async def test_records_that_name_very_many_requests_hold_the_writer_back(tmp_path: Path) -> None:
+    inbox = Inbox(65_536, 16 << 20)
+    ids = ",".join(f'"{number}"' for number in range(50_000))
+    step = f'{{"record":"step","engine_id":"e","start_ns":1,"end_ns":2,"decode":[{ids}]}}\n'.encode()
+    async with stream(tmp_path / "s", inbox):
+        _, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
+        writer.write(step * 20)
+        await asyncio.sleep(0.3)
+        # 390 kB of JSON, and 5 MB of strings each.
+        assert 1 <= len(inbox) <= 3
+        assert inbox.held_bytes <= 16 << 20
+        received: list[Record] = []
+        async with asyncio.timeout(20):
+            while len(received) < 20:
+                received += emptied(inbox)
+                await asyncio.sleep(0)
+        writer.close()
+        await writer.wait_closed()
+    assert inbox.events() == Events({"stream": 20}, {})
+
+
+@given(cuts=st.lists(st.integers(1, 400), min_size=1, max_size=12), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_lines_of_several_writers_however_they_are_cut_and_mixed(
+    cuts: list[int], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    order = random.Random(seed)
+    texts = [line(number) + b"nonsense\n" + b'{"record":"request","request_id":"\xff\x00"}\n' for number in range(4)]
+
+    async def told() -> Inbox:
+        inbox = Inbox()
+        path = tmp_path_factory.mktemp("sock") / "s"
+        async with stream(path, inbox):
+            writers = [(await asyncio.open_unix_connection(str(path)))[1] for _ in texts]
+            rest = dict(zip(writers, texts, strict=True))
+            while rest:
+                writer = order.choice(list(rest))
+                size = order.choice(cuts)
+                writer.write(rest[writer][:size])
+                await asyncio.sleep(0)
+                rest[writer] = rest[writer][size:]
+                if not rest[writer]:
+                    del rest[writer]
+            await arrived(inbox, "stream", 12)
+            for writer in writers:
+                writer.close()
+        return inbox
+
+    inbox = asyncio.run(told())
+    assert inbox.events() == Events({"stream": 12}, {("stream", "invalid"): 8})
+    found = {record.request_id for record in emptied(inbox) if isinstance(record, RequestRecord)}
+    assert found == {"0", "1", "2", "3"}

@@ -36,9 +36,11 @@ def _bytes(body: bytes | str) -> bytes:
 class Rig:
     """The API as the daemon serves it, on a recording account."""
 
-    def __init__(self, *, capacity: int = 65_536, drain: bool = True, **options: Any) -> None:
+    def __init__(
+        self, *, capacity: int = 65_536, capacity_bytes: int = 64 << 20, drain: bool = True, **options: Any
+    ) -> None:
         self.account = RecordingAccount()
-        self.inbox = Inbox(capacity)
+        self.inbox = Inbox(capacity, capacity_bytes)
         clock = SystemClock()
         self.service: LedgerService[float, Totals] = LedgerService(
             self.account, self.inbox, clock=clock, devices=lambda: 0.0, settle_seconds=0.05
@@ -171,6 +173,38 @@ async def test_a_full_inbox_says_where_to_go_on() -> None:
         assert rig.inbox.events() == Events({"http": 1500}, {("http", "queue_full"): 476})
         status, answer = await rig.post("/v1/requests/x/start")
         assert (status, answer["dropped"]) == (429, {"queue_full": 1})
+
+
+async def test_few_records_that_name_very_many_requests_fill_the_inbox() -> None:
+    now_ns = time.time_ns()
+    ids = ",".join(f'"{number}"' for number in range(50_000))
+    step = f'{{"engine_id":"e","start_ns":{now_ns - 1},"end_ns":{now_ns},"decode":[{ids}]}}\n'
+    async with Rig(capacity_bytes=16 << 20, drain=False).running() as rig:
+        status, answer = await rig.post("/v1/steps", step * 10)
+        # 390 kB of JSON and about 5 MB of memory each.
+        assert (status, answer) == (
+            429,
+            {"accepted": 3, "dropped": {"queue_full": 7}, "errors": [], "resend_from": 4},
+        )
+        assert rig.inbox.held_bytes <= 16 << 20
+
+
+async def test_a_small_body_over_the_limit_and_one_that_comes_in_pieces() -> None:
+    async with Rig(max_body_bytes=1000).running() as rig:
+        host, port = rig.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = b"POST /v1/requests HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        writer.write(head % 1001 + b" " * 1001)
+        assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)).split()[1] == b"413"
+        writer.close()
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for piece in (head % 18, b'{"request_', b'id":"a"}'):
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)).split()[1] == b"200"
+        writer.close()
+        assert await rig.booked() == [RequestRecord(request_id="a")]
 
 
 async def test_the_live_form_stamps_the_time() -> None:

@@ -292,7 +292,7 @@ class Client:
                 sender.open()
                 self._repeat_engines(sender, batch)
                 batch, refused, wait = sender.send(batch)
-                lost += refused
+                lost += refused + sender.refused_later()
                 pause = 0.05
             except (OSError, http.client.HTTPException):
                 if self._queue.qsize() >= self._queue_records:
@@ -401,6 +401,10 @@ class _Sender:
         """
         raise NotImplementedError
 
+    def refused_later(self) -> int:
+        """Return how many records were refused by answers that came since the last call."""
+        return 0
+
     def close(self) -> None:
         """Let go of what is open."""
 
@@ -484,6 +488,15 @@ class _SocketSender(_Sender):
             self.close()
             raise
         return (), 0, 0.0
+
+    def refused_later(self) -> int:
+        refused = 0
+        if self._stream is not None:
+            # A line for each, whenever it comes. A socket with a timeout never blocks in read() itself.
+            with contextlib.suppress(OSError):
+                while answers := os.read(self._stream.fileno(), 1 << 16):
+                    refused += answers.count(b"\n")
+        return refused
 
     def _send_datagrams(self, sock: socket.socket, batch: Sequence[Line]) -> tuple[Sequence[Line], int, float]:
         for number, (_, line) in enumerate(batch):

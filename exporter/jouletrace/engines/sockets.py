@@ -1,6 +1,7 @@
 """Unix sockets for records: NDJSON over a stream, and records in datagrams for senders that must never wait.
 
-Both know the sender's process: the kernel tells its pid, as this process's own pid namespace counts it.
+Both know the sender's process: the kernel tells its pid, as this process's own pid namespace counts it. A stream hears
+of the records that are refused, a line of JSON each; a datagram's sender hears nothing.
 """
 
 import asyncio
@@ -10,7 +11,8 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from struct import Struct
 from typing import Final
@@ -18,7 +20,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from jouletrace.requests.decoding import SLICE_LINES, LineError, RecordDecoder
+from jouletrace.requests.decoding import Check, LineError, RecordDecoder, Slice, slices
 from jouletrace.requests.inbox import Inbox, Loss, Origin
 from jouletrace.requests.records import EngineRecord, Record
 
@@ -30,6 +32,8 @@ MAX_CONNECTIONS: Final = 256
 DATAGRAMS_PER_TURN: Final = 64
 """Datagrams that are read before others on the event loop get their turn: about a millisecond."""
 MODES: Final = {"owner": 0o600, "group": 0o660, "everyone": 0o666}
+MAX_ERRORS: Final = 20
+"""Errors of one piece of a stream that its sender is told; the rest are only counted."""
 COMPLAINT_SECONDS: Final = 60.0
 """Refused records are logged at most this often; the metrics count each."""
 
@@ -43,35 +47,51 @@ class SocketError(Exception):
 
 
 class Intake:
-    """Takes decoded lines of one way in: names the sender's process, counts and reports what is refused."""
+    """Takes lines of one way in: names the sender's process, counts and reports what is refused.
 
-    def __init__(self, inbox: Inbox, origin: Origin) -> None:
+    `check` is asked for a check of the records that come now, as `decoding.Body.slices` does.
+    """
+
+    def __init__(self, inbox: Inbox, origin: Origin, check: Callable[[], Check] | None) -> None:
         self.inbox = inbox
         self.origin = origin
+        self._check = check
         self._decoder = RecordDecoder()
         self._quiet_until = 0.0
 
-    def decode(self, lines: Sequence[bytes], pid: int) -> list[Record]:
-        """Return the good records; the others are counted."""
-        part = self._decoder.lines(lines)
-        if part.errors:
-            self.refuse(Loss.INVALID, part.errors[0], pid, len(part.errors))
-        if pid <= 0:  # The sender lives in a pid namespace that we cannot see into.
-            return list(part.records)
-        return [_with_pid(record, pid) for record in part.records]
+    def decode(self, lines: Sequence[bytes], first_line: int = 1) -> Slice:
+        """Decode and check lines; nothing is counted yet."""
+        return self._decoder.lines(lines, first_line, None if self._check is None else self._check())
 
-    def refuse(self, reason: Loss, error: LineError | str, pid: int, count: int = 1) -> None:
-        """Count what cannot be taken and say why, now and then."""
-        self.inbox.lost(self.origin, reason, count)
+    def offer(self, part: Slice, pid: int) -> bool:
+        """Hand the good records on and count the others, or return False when there is no room for the good ones."""
+        if not self.inbox.offer(self.origin, [_with_pid(record, pid) for record in part.records], part.held_bytes):
+            return False
+        self.count_errors(part, pid)
+        return True
+
+    def count_errors(self, part: Slice, pid: int) -> None:
+        """Count the records that were refused and say why, now and then."""
+        for reason, count in Counter(error.reason for error in part.errors).items():
+            self.inbox.lost(self.origin, reason, count)
+        if part.errors:
+            self._complain(f"{part.errors[0].field}: {part.errors[0].message}".removeprefix(": "), pid)
+
+    def refuse(self, reason: Loss, problem: str, pid: int) -> None:
+        """Count a record that cannot be taken and say why, now and then."""
+        self.inbox.lost(self.origin, reason)
+        self._complain(problem, pid)
+
+    def _complain(self, problem: str, pid: int) -> None:
         now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + COMPLAINT_SECONDS
-            problem = f"{error.field}: {error.message}".removeprefix(": ") if isinstance(error, LineError) else error
             _log.warning("a record was refused", source=self.origin.value, pid=pid, problem=problem)
 
 
 def _with_pid(record: Record, pid: int) -> Record:
-    if type(record) is EngineRecord and record.pid is None:
+    # A sender in a pid namespace that we cannot see into has no pid here.
+    if type(record) is EngineRecord and record.pid is None and pid > 0:
         return msgspec.structs.replace(record, pid=pid)
     return record
 
@@ -79,8 +99,10 @@ def _with_pid(record: Record, pid: int) -> Record:
 class StreamServer:
     """Listens on a Unix stream socket. A full inbox stops the reading, which in time stops the writers."""
 
-    def __init__(self, inbox: Inbox, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
-        self._intake = Intake(inbox, Origin.STREAM)
+    def __init__(
+        self, inbox: Inbox, check: Callable[[], Check] | None = None, *, max_line_bytes: int = MAX_LINE_BYTES
+    ) -> None:
+        self._intake = Intake(inbox, Origin.STREAM, check)
         self._max_line_bytes = max_line_bytes
         self._connections: set[_Connection] = set()
         self._path: Path | None = None
@@ -116,7 +138,11 @@ class _Connection(asyncio.Protocol):
         self._connections = connections
         self._max_line_bytes = max_line_bytes
         self._transport: asyncio.Transport | None = None
+        self._answers: socket.socket | None = None
+        """The same socket: a transport whose write fails throws away what has not been read yet."""
         self._pid = 0
+        self._line = 1
+        """Number of the line whose beginning is kept, counted from 1 since the connection began."""
         self._rest = bytearray()
         """The beginning of a line whose end has not come yet."""
         self._skipping = False
@@ -132,6 +158,7 @@ class _Connection(asyncio.Protocol):
         self._transport = transport
         self._connections.add(self)
         sock = transport.get_extra_info("socket")
+        self._answers = sock.dup()
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self._pid = _CREDENTIALS.unpack(raw)[0]
 
@@ -143,30 +170,37 @@ class _Connection(asyncio.Protocol):
             self._keep(tail)
             return
         lines = (bytes(self._rest) + head).split(b"\n")
+        first_line = self._line
+        self._line += len(lines)
         self._rest.clear()
         if self._skipping:
-            del lines[0]
+            lines[0] = b""  # Its beginning was over the limit and has been counted.
             self._skipping = False
         self._keep(tail)
-        self._feed(lines)
+        self._feed(lines, first_line)
 
     def eof_received(self) -> bool:
-        # A last line without its newline counts if it is whole: a JSON object shows its end.
+        self._take_last_line("the connection ended in the middle of a line")
+        return False
+
+    def connection_lost(self, failure: Exception | None) -> None:
+        # A sender that closes without having read its answers resets the connection after its last byte.
+        self._take_last_line("the connection broke in the middle of a line")
+        if self._feeding is None:
+            self._connections.discard(self)
+        if self._answers is not None:
+            self._answers.close()
+            self._answers = None
+
+    def _take_last_line(self, problem: str) -> None:
+        """Take a last line without its newline if it is whole: a JSON object shows its end."""
         line = bytes(self._rest)
         self._rest.clear()
         if line.strip() and not self._skipping:
             if line.rstrip().endswith(b"}"):
-                self._feed([line])
+                self._feed([line], self._line)
             else:
-                self._intake.refuse(Loss.INCOMPLETE, "the connection ended in the middle of a line", self._pid)
-        return False
-
-    def connection_lost(self, failure: Exception | None) -> None:
-        if self._feeding is None:
-            self._connections.discard(self)
-        if self._rest and not self._skipping:
-            self._intake.refuse(Loss.INCOMPLETE, "the connection broke in the middle of a line", self._pid)
-            self._rest.clear()
+                self._intake.refuse(Loss.INCOMPLETE, problem, self._pid)
 
     def end(self) -> None:
         """Close from our side; lines that were read and not taken are counted."""
@@ -180,38 +214,58 @@ class _Connection(asyncio.Protocol):
             return
         self._rest += tail
         if len(self._rest) > self._max_line_bytes:
-            self._too_long()
+            self._too_long(self._line)
             self._rest.clear()
             self._skipping = True
 
-    def _too_long(self) -> None:
-        problem = f"a line is over {self._max_line_bytes} bytes; send less in one record"
-        self._intake.refuse(Loss.TOO_LONG, problem, self._pid)
+    def _too_long(self, line: int) -> None:
+        problem = f"is over {self._max_line_bytes} bytes; send less in one record"
+        self._intake.refuse(Loss.TOO_LONG, f"a line {problem}", self._pid)
+        self._answer([LineError(line, "", problem, Loss.TOO_LONG)])
 
-    def _feed(self, lines: list[bytes]) -> bool:
+    def _answer(self, errors: Sequence[LineError]) -> None:
+        """Tell what was refused. A sender that does not read is told no more once the kernel's buffer is full."""
+        if errors and self._answers is not None:
+            lines = b"".join(msgspec.json.encode(error) + b"\n" for error in errors[:MAX_ERRORS])
+            # Linux takes what fits into half of the buffer (104 kB) whole or not at all, so no line is cut.
+            with contextlib.suppress(OSError):
+                self._answers.send(lines, socket.MSG_DONTWAIT)
+
+    def _feed(self, lines: Sequence[bytes], first_line: int) -> bool:
         """Hand lines on; while the inbox is full, nothing more is read. Returns whether all have been taken."""
-        for start in range(0, len(lines), SLICE_LINES):
-            part = [line for line in lines[start : start + SLICE_LINES] if len(line) <= self._max_line_bytes]
-            for _ in range(len(lines[start : start + SLICE_LINES]) - len(part)):
-                self._too_long()
-            records = self._intake.decode(part, self._pid)
-            if not self._intake.inbox.offer(self._intake.origin, records):
+        for part in slices(lines):
+            if not self._take(lines[part.start : part.stop], first_line + part.start):
                 assert self._transport is not None
                 self._transport.pause_reading()
-                self._feeding = asyncio.create_task(self._feed_later(records, lines[start + SLICE_LINES :]))
+                rest = lines[part.start :]
+                self._feeding = asyncio.create_task(self._feed_later(rest, first_line + part.start))
                 return False
         return True
 
-    async def _feed_later(self, records: list[Record], lines: list[bytes]) -> None:
+    def _take(self, lines: Sequence[bytes], first_line: int) -> bool:
+        """Take one slice or, while the inbox is full, nothing of it."""
+        # What waits for room waits as it came: decoded it is several times larger, and there are many connections.
+        if self._intake.inbox.is_full:
+            return False
+        short = [line if len(line) <= self._max_line_bytes else b"" for line in lines]
+        part = self._intake.decode(short, first_line)
+        if not self._intake.offer(part, self._pid):
+            return False
+        for number, line in enumerate(lines, first_line):
+            if len(line) > self._max_line_bytes:
+                self._too_long(number)
+        self._answer(part.errors)
+        return True
+
+    async def _feed_later(self, lines: Sequence[bytes], first_line: int) -> None:
         intake = self._intake
         try:
-            while not intake.inbox.offer(intake.origin, records):
-                await intake.inbox.room()
+            await intake.inbox.room()
         except asyncio.CancelledError:
-            intake.inbox.lost(intake.origin, Loss.QUEUE_FULL, len(records) + sum(1 for line in lines if line.strip()))
+            intake.inbox.lost(intake.origin, Loss.QUEUE_FULL, sum(1 for line in lines if line.strip()))
             raise
         self._feeding = None
-        if self._feed(lines) and self._transport is not None:
+        if self._feed(lines, first_line) and self._transport is not None:
             if self._transport.is_closing():
                 self._connections.discard(self)
             else:
@@ -225,8 +279,8 @@ class DatagramServer:
     sender with EAGAIN; several records in a datagram, a line each, go further.
     """
 
-    def __init__(self, inbox: Inbox) -> None:
-        self._intake = Intake(inbox, Origin.DATAGRAM)
+    def __init__(self, inbox: Inbox, check: Callable[[], Check] | None = None) -> None:
+        self._intake = Intake(inbox, Origin.DATAGRAM, check)
         self._buffer = bytearray(MAX_DATAGRAM_BYTES)
         self._view = memoryview(self._buffer)
         self._path: Path | None = None
@@ -265,9 +319,10 @@ class DatagramServer:
             if flags & socket.MSG_TRUNC:
                 self._intake.refuse(Loss.TOO_LONG, f"a datagram is over {MAX_DATAGRAM_BYTES} bytes", pid)
                 continue
-            records = self._intake.decode(bytes(self._view[:size]).split(b"\n"), pid)
-            if not self._intake.inbox.offer(self._intake.origin, records):
-                self._intake.inbox.lost(self._intake.origin, Loss.QUEUE_FULL, len(records))
+            part = self._intake.decode(bytes(self._view[:size]).split(b"\n"))
+            if not self._intake.offer(part, pid):
+                self._intake.inbox.lost(self._intake.origin, Loss.QUEUE_FULL, len(part.records))
+                self._intake.count_errors(part, pid)
 
 
 def _bound(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:

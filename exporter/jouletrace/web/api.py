@@ -6,7 +6,7 @@ import ipaddress
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Set
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
@@ -15,17 +15,19 @@ from aiohttp import hdrs, web
 
 from jouletrace.clock import Clock
 from jouletrace.config import parse_duration
+from jouletrace.diagnosis.node import DiagnosisSnapshot
 from jouletrace.requests.account import LedgerSnapshot, RequestEnergy
 from jouletrace.requests.admission import Admission
-from jouletrace.requests.decoding import LineError, RecordDecoder, TooManyRecordsError
+from jouletrace.requests.decoding import LineError, RecordDecoder, TooManyRecordsError, held_bytes
 from jouletrace.requests.inbox import Events, Inbox, Loss, Origin
 from jouletrace.requests.records import RecordError, RecordKind, RequestRecord, Status, check_request
+from jouletrace.web.diagnosis import diagnosis_document
 from jouletrace.web.schema import records_schema
 
 BODY_SECONDS: Final = 30.0
 """A client that has not sent its body by then is sent away."""
 BODIES_BYTES: Final = 64 << 20
-"""All bodies that are being received together; past it clients are asked to wait."""
+"""All bodies that are being received or decoded together; past it clients are asked to wait."""
 WAIT_SECONDS: Final = 30.0
 """Longest `?wait=`."""
 MAX_WAITING: Final = 4096
@@ -35,8 +37,11 @@ MAX_ERRORS: Final = 20
 MAX_LISTED: Final = 1000
 """Most requests that `GET /v1/requests` lists."""
 RETRY_SECONDS: Final = 1
+PEERS: Final = 256
+"""Addresses and Host headers of which is remembered whether they are this machine's."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+BodyHandler = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]
 
 
 class Answers(Protocol):
@@ -83,6 +88,7 @@ class Api:
         inbox: Inbox,
         *,
         clock: Clock,
+        diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
         token: str | None = None,
         max_body_bytes: int = 8 << 20,
         max_records: int = 65_536,
@@ -91,27 +97,30 @@ class Api:
         self._answers = answers
         self._inbox = inbox
         self._clock = clock
+        self._diagnosis = diagnosis
         self._token = token.encode() if token else None
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
-        self._admission = Admission(inbox, self._settled_engines, clock)
+        self.admission = Admission(inbox, self._settled_engines, clock)
+        """What is said of records before they are queued; for the sockets as well."""
         self._decoders = {kind: RecordDecoder(kind, max_records=max_records) for kind in RecordKind}
-        self._receiving_bytes = 0
+        self._body_bytes = 0
         self._waiting = 0
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes for an application."""
-        open_to = self._for_the_entitled
+        open_to, takes = self._for_the_entitled, self._with_body
         return [
-            web.post("/v1/engines", open_to(partial(self._post, RecordKind.ENGINE))),
-            web.post("/v1/steps", open_to(partial(self._post, RecordKind.STEP))),
-            web.post("/v1/requests", open_to(partial(self._post, RecordKind.REQUEST))),
-            web.post("/v1/requests/{request_id}/start", open_to(partial(self._live, "arrival_ns", Status.RUNNING))),
-            web.post("/v1/requests/{request_id}/first-token", open_to(partial(self._live, "first_token_ns", None))),
-            web.post("/v1/requests/{request_id}/finish", open_to(partial(self._live, "end_ns", Status.FINISHED))),
+            web.post("/v1/engines", takes(partial(self._post, RecordKind.ENGINE))),
+            web.post("/v1/steps", takes(partial(self._post, RecordKind.STEP))),
+            web.post("/v1/requests", takes(partial(self._post, RecordKind.REQUEST))),
+            web.post("/v1/requests/{request_id}/start", takes(partial(self._live, "arrival_ns", Status.RUNNING))),
+            web.post("/v1/requests/{request_id}/first-token", takes(partial(self._live, "first_token_ns", None))),
+            web.post("/v1/requests/{request_id}/finish", takes(partial(self._live, "end_ns", Status.FINISHED))),
             web.get("/v1/requests/{request_id}", open_to(self._get_request)),
             web.get("/v1/requests", open_to(self._get_requests)),
             web.get("/v1/ledger", open_to(self._get_ledger)),
+            web.get("/v1/diagnosis", open_to(self._get_diagnosis)),
             web.get("/v1/schema", self._get_schema),
         ]
 
@@ -160,10 +169,22 @@ class Api:
 
     # --- records in ---
 
-    async def _post(self, kind: RecordKind, request: web.Request) -> web.StreamResponse:
-        content = await self._read(request)
-        if isinstance(content, web.Response):
-            return content
+    def _with_body(self, handler: BodyHandler) -> Handler:
+        """Return a handler for the entitled that is given the unpacked body, which counts until it is answered."""
+
+        async def answered(request: web.Request) -> web.StreamResponse:
+            content = await self._read(request)
+            if isinstance(content, web.Response):
+                return content
+            self._body_bytes += len(content)
+            try:
+                return await handler(request, content)
+            finally:
+                self._body_bytes -= len(content)
+
+        return self._for_the_entitled(answered)
+
+    async def _post(self, kind: RecordKind, _: web.Request, content: bytes) -> web.StreamResponse:
         try:
             body = self._decoders[kind].body(content)
         except TooManyRecordsError as error:
@@ -171,8 +192,11 @@ class Api:
         accepted = 0
         dropped: Counter[str] = Counter()
         errors: list[LineError] = []
-        for part in body.slices(self._admission.check):
-            if not self._inbox.offer(Origin.HTTP, part.records):
+        for part in body.slices(self.admission.check):
+            if part.first_line > 1:
+                # A large body must not hold up everybody else.
+                await asyncio.sleep(0)
+            if not self._inbox.offer(Origin.HTTP, part.records, part.held_bytes):
                 left = body.count(part.first_line)
                 self._inbox.lost(Origin.HTTP, Loss.QUEUE_FULL, left)
                 dropped[Loss.QUEUE_FULL] = left
@@ -184,17 +208,14 @@ class Api:
                     self._inbox.lost(Origin.HTTP, reason, count)
                 dropped += reasons
                 errors += part.errors[: MAX_ERRORS - len(errors)]
-            # A large body must not hold up everybody else.
-            await asyncio.sleep(0)
         if not accepted and not dropped:
             return _problem(400, "The body is empty; send a record, a JSON array of records, or one record per line.")
         return _receipt(200 if accepted else 400, accepted, dropped, errors)
 
-    async def _live(self, stamp: str, status: Status | None, request: web.Request) -> web.StreamResponse:
+    async def _live(
+        self, stamp: str, status: Status | None, request: web.Request, content: bytes
+    ) -> web.StreamResponse:
         """Take one moment of a request's life; the time is now unless the client says otherwise."""
-        content = await self._read(request)
-        if isinstance(content, web.Response):
-            return content
         try:
             fields = msgspec.json.decode(content or b"{}", type=dict[str, msgspec.Raw])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -205,12 +226,13 @@ class Api:
             own["status"] = status
         given = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in own.items()} | fields
         given["request_id"] = msgspec.Raw(msgspec.json.encode(request.match_info["request_id"]))
-        record, errors = self._decode_moment(msgspec.json.encode(given))
+        line = msgspec.json.encode(given)
+        record, errors = self._decode_moment(line)
         if record is None:
             reason = errors[0].reason
             self._inbox.lost(Origin.HTTP, reason)
             return _receipt(400, 0, Counter({reason: 1}), errors)
-        if not self._inbox.offer(Origin.HTTP, [record]):
+        if not self._inbox.offer(Origin.HTTP, [record], held_bytes(record, len(line))):
             self._inbox.lost(Origin.HTTP, Loss.QUEUE_FULL)
             return _receipt(429, 0, Counter({Loss.QUEUE_FULL: 1}), [], resend_from=1)
         return _receipt(200, 1, Counter(), [])
@@ -225,7 +247,7 @@ class Api:
             return None, [LineError(1, field, message)]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None, list(self._decoders[RecordKind.REQUEST].lines([line]).errors)
-        refusal = self._admission.check()(record)
+        refusal = self.admission.check()(record)
         if refusal is not None:
             return None, [LineError(1, refusal.field, refusal.message, refusal.reason)]
         return record, []
@@ -236,6 +258,10 @@ class Api:
         parts: list[bytes] = []
         size = 0
         encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+        if encoding == "identity" and request.content.is_eof():
+            # It came with the headers, as small ones do; waiting for it costs more than decoding it.
+            whole = request.content.read_nowait()
+            return whole if len(whole) <= limit else _too_large(limit)
         if encoding not in ("identity", "gzip"):
             return _problem(415, "The body's Content-Encoding is not known here; send it as it is, or with gzip.")
         packed_body = _Gunzip(limit + 1) if encoding == "gzip" else None
@@ -244,15 +270,11 @@ class Api:
                 async for received in request.content.iter_any():
                     part = received if packed_body is None else packed_body.unpack(received)
                     size += len(part)
-                    self._receiving_bytes += len(part)
+                    self._body_bytes += len(part)
                     parts.append(part)
                     if size > limit:
-                        return _problem(
-                            413,
-                            f"The body is over {limit >> 20} MiB, unpacked; send it in parts, or raise "
-                            "ingest.max_body_mebibytes.",
-                        )
-                    if self._receiving_bytes > max(BODIES_BYTES, limit):
+                        return _too_large(limit)
+                    if self._body_bytes > max(BODIES_BYTES, limit):
                         return _problem(
                             429,
                             "Too much is being received at a time; send this again.",
@@ -267,7 +289,7 @@ class Api:
                 400, "The body cannot be unpacked: it is damaged or not gzip, as its Content-Encoding says."
             )
         finally:
-            self._receiving_bytes -= size
+            self._body_bytes -= size
         return b"".join(parts)
 
     # --- answers out ---
@@ -303,6 +325,9 @@ class Api:
 
     async def _get_ledger(self, _: web.Request) -> web.StreamResponse:
         return _json(ledger_document(self._answers.snapshot, self._answers.events(), self._clock))
+
+    async def _get_diagnosis(self, _: web.Request) -> web.StreamResponse:
+        return _json(diagnosis_document(self._diagnosis(), self._clock))
 
     async def _get_schema(self, _: web.Request) -> web.StreamResponse:
         return web.Response(body=records_schema().encode(), content_type="application/schema+json")
@@ -390,6 +415,7 @@ def _wait_seconds(request: web.Request) -> float | None:
         return None
 
 
+@lru_cache(PEERS)
 def names_loopback(host: str) -> bool:
     """Return whether a Host header, with or without a port, is localhost or a loopback address."""
     try:
@@ -404,7 +430,12 @@ def _is_loopback(request: web.Request) -> bool:
     peer = None if transport is None else transport.get_extra_info("peername")
     if not isinstance(peer, tuple):
         return False
-    address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
+    return _is_loopback_address(str(peer[0]))
+
+
+@lru_cache(PEERS)
+def _is_loopback_address(text: str) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
 
@@ -423,6 +454,13 @@ def _receipt(
 def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     return web.Response(
         body=msgspec.json.encode(content), status=status, headers=headers, content_type="application/json"
+    )
+
+
+def _too_large(limit_bytes: int) -> web.Response:
+    return _problem(
+        413,
+        f"The body is over {limit_bytes >> 20} MiB, unpacked; send it in parts, or raise ingest.max_body_mebibytes.",
     )
 
 

@@ -30,8 +30,17 @@ class ListenError(Exception):
 class WebServer:
     """An application that is being served."""
 
-    def __init__(self, app: web.Application, *, shutdown_seconds: float = SHUTDOWN_SECONDS) -> None:
-        self._runner = web.AppRunner(app, shutdown_timeout=shutdown_seconds)
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        shutdown_seconds: float = SHUTDOWN_SECONDS,
+        address_flag: str = "--web.listen-address",
+        cancels_handlers: bool = False,
+    ) -> None:
+        """`cancels_handlers`: whether a client that goes ends the answering of its request, too."""
+        self._runner = web.AppRunner(app, shutdown_timeout=shutdown_seconds, handler_cancellation=cancels_handlers)
+        self._address_flag = address_flag
         self._servers: list[asyncio.Server] = []
         self._secure = False
 
@@ -71,7 +80,7 @@ class WebServer:
         self._secure = ssl_context is not None
         try:
             for address in addresses:
-                for sock in await _open(address):
+                for sock in await _open(address, self._address_flag):
                     server = await loop.create_server(connection, sock=sock, ssl=ssl_context)
                     self._servers.append(server)
         except BaseException:
@@ -103,10 +112,10 @@ class _Connection(RequestHandler):
         return response
 
 
-async def _open(address: str) -> list[socket.socket]:
+async def _open(address: str, flag: str) -> list[socket.socket]:
     host, port = split_address(address)
     if host is None:
-        return [_bind_everywhere(address, port)]
+        return [_bind_everywhere(address, port, flag)]
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -121,7 +130,7 @@ async def _open(address: str) -> list[socket.socket]:
         for family, _, _, _, where in dict.fromkeys(found):
             # A name with two addresses and port 0 gets the same port on both.
             chosen = port or (sockets[0].getsockname()[1] if sockets else 0)
-            sockets.append(_bind(address, family, (where[0], chosen, *where[2:])))
+            sockets.append(_bind(address, family, (where[0], chosen, *where[2:]), flag))
     except ListenError:
         for sock in sockets:
             sock.close()
@@ -129,18 +138,18 @@ async def _open(address: str) -> list[socket.socket]:
     return sockets
 
 
-def _bind_everywhere(address: str, port: int) -> socket.socket:
+def _bind_everywhere(address: str, port: int, flag: str) -> socket.socket:
     """Return one socket for IPv6 and IPv4, or for IPv4 alone on a machine without IPv6."""
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise _listen_error(address, error) from error
-    return _bind(address, socket.AF_INET, ("0.0.0.0", port))  # noqa: S104 - ":port" asks for all interfaces
+                raise _listen_error(address, error, flag) from error
+    return _bind(address, socket.AF_INET, ("0.0.0.0", port), flag)  # noqa: S104 - ":port" asks for all interfaces
 
 
-def _bind(address: str, family: int, where: tuple[str | int, ...]) -> socket.socket:
+def _bind(address: str, family: int, where: tuple[str | int, ...], flag: str) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -151,17 +160,17 @@ def _bind(address: str, family: int, where: tuple[str | int, ...]) -> socket.soc
         sock.listen()
     except OSError as error:
         sock.close()
-        raise _listen_error(address, error) from error
+        raise _listen_error(address, error, flag) from error
     return sock
 
 
-def _listen_error(address: str, error: OSError) -> ListenError:
+def _listen_error(address: str, error: OSError, flag: str) -> ListenError:
     port = address.rpartition(":")[2]
     reasons = {
         errno.EADDRINUSE: "the port is in use, perhaps by another jouletrace; "
         f"`ss -ltnp 'sport = :{port}'` shows by whom: stop that, or choose another port "
-        "with --web.listen-address.",
-        errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE; choose a higher one with --web.listen-address.",
+        f"with {flag}.",
+        errno.EACCES: f"ports below 1024 need CAP_NET_BIND_SERVICE; choose a higher one with {flag}.",
         errno.EADDRNOTAVAIL: "this machine has no such address; `ip address` shows those it has.",
     }
     reason = reasons.get(error.errno or 0, f"{error.strerror}.")
