@@ -1,7 +1,16 @@
 """Snapshots that several tests look at."""
 
+from dataclasses import replace
+
+from jouletrace.diagnosis.causes import Cause, EngineDiagnosis
+from jouletrace.diagnosis.drivers import Driver
+from jouletrace.diagnosis.node import DeviceFinding, DiagnosisSnapshot, EngineFinding
+from jouletrace.diagnosis.reference import Measurement
+from jouletrace.diagnosis.step_energy import Known, StepLaw
+from jouletrace.diagnosis.verdicts import Flag, Judgement, Verdict
+from jouletrace.diagnosis.waste import WasteCause
 from jouletrace.gpu.readings import DeviceInfo, Pipe, Sensor, ThrottleReason
-from jouletrace.requests.account import Buckets, LedgerSnapshot, Phase
+from jouletrace.requests.account import Buckets, EngineState, LedgerSnapshot, Phase
 from jouletrace.requests.inbox import Events
 from jouletrace.requests.records import Status, Unit
 from jouletrace.snapshot import DeviceSnapshot, DeviceStatus, NodeSnapshot, SamplerSnapshot
@@ -120,6 +129,72 @@ def ledger_snapshot() -> LedgerSnapshot:
         },
         units={("flux", 'quote " tenant', unit): 3 + place for place, unit in enumerate(Unit)},
         coverage={"vllm-0": 0.985},
+        engine_states={"vllm-0": EngineState(NOW_NS, running=12.0, waiting=5.0)},
+    )
+
+
+def diagnosis_snapshot() -> DiagnosisSnapshot:
+    """Return the diagnosis of the full device, of a lost one and of an engine whose model was measured elsewhere."""
+    found = DeviceFinding(
+        uuid=full_device(0).info.uuid,
+        gpu=0,
+        start_ns=NOW_NS - 2 * SECOND_NS,
+        end_ns=NOW_NS - SECOND_NS,
+        since_ns=NOW_NS - 60 * SECOND_NS,
+        judgement=Judgement(
+            Verdict.MEMORY_BOUND,
+            (Flag.POWER_CAPPED,),
+            0.95,
+            {"dram_intensity_ratio": 0.61, "source": "gpm"},
+            "memory_bound: while active, memory is at 61 % of its peak and the tensor pipe at 5 %.",
+        ),
+        watts=431.25,
+        driver_watts=dict.fromkeys(Driver, 71.875),
+        driver_confidence=1.0,
+        driver_joules={driver: 1000.5 * (place + 1) for place, driver in enumerate(Driver)},
+        verdict_seconds={verdict: 10.25 * (place + 1) for place, verdict in enumerate(Verdict)},
+        verdict_joules={verdict: 4000.5 * (place + 1) for place, verdict in enumerate(Verdict)},
+        flag_seconds={flag: 2.5 * (place + 1) for place, flag in enumerate(Flag)},
+    )
+    engine = EngineFinding(
+        diagnosis=EngineDiagnosis(
+            engine_id="vllm-0",
+            cause=Cause.SMALL_BATCH,
+            confidence=0.9,
+            advice="Batch 8 is under B* = 48: send it more of the traffic.",
+            joules_per_unit=0.5125,
+            units_per_joule=1 / 0.5125,
+            decomposition={
+                part: 0.0625 * (place + 1)
+                for place, part in enumerate(("idle", "fixed", "kv", "decode", "prefill", "between_steps", "busy"))
+            },
+            batch=8.0,
+            half_fixed_batch=47.5,
+        ),
+        law=StepLaw(Known.FITTED, 3.16, 0.0665, batch_low=4.0, batch_high=64.0, residual=0.01, samples=40),
+        models=("llama-3.1-8b",),
+        devices=(found.uuid,),
+        start_ns=NOW_NS - 33 * SECOND_NS,
+        end_ns=NOW_NS - 3 * SECOND_NS,
+        reference=Measurement(
+            model_id="meta-llama/Llama-3.1-8B-Instruct",
+            task="lm-arena-chat",
+            gpu_model="H100",
+            num_gpus=1,
+            weight_precision="bfloat16",
+            batch=8.0,
+            nearest_batch=8.0,
+            joules_per_token=0.455,
+            batch_low=8.0,
+            batch_high=512.0,
+            half_fixed_batch=48.0,
+        ),
+    )
+    lost = replace(found, uuid=lost_device(1).info.uuid, gpu=1)
+    return DiagnosisSnapshot(
+        devices=(found, lost),
+        engines={"vllm-0": engine},
+        wasted_joules={(found.uuid, WasteCause.PARKED): 12_345.5},
     )
 
 

@@ -164,6 +164,7 @@ class Daemon:
                 stale_after_seconds=config.readiness.stale_after,
                 account=lambda: accounting.snapshot,
                 events=accounting.events,
+                diagnosis=lambda: accounting.diagnosis,
             ),
             readiness=self.readiness,
             telemetry_path=config.web.telemetry_path,

@@ -419,14 +419,14 @@ ENGINE_REFERENCE_UNIT_ENERGY_JOULES = Metric(
 ENGINE_STEP_FIXED_JOULES = Metric(
     "jouletrace_engine_step_fixed_joules",
     "gauge",
-    "a of the step-energy law a + b * batch: joules of a decode step however many sequences take part. Absent while "
+    "Fixed part a of the step-energy law a + b * batch: joules of a decode step however many sequences take part. Absent while "
     "the batch has not varied enough to tell and no calibrated law was given.",
     _ENGINE,
 )
 ENGINE_STEP_MARGINAL_JOULES = Metric(
     "jouletrace_engine_step_marginal_joules",
     "gauge",
-    "b of the step-energy law a + b * batch: joules of one more sequence in a step. a / b is the batch at which half "
+    "Marginal part b of the step-energy law a + b * batch: joules of one more sequence in a step. a / b is the batch at which half "
     "of a step's energy is fixed.",
     _ENGINE,
 )
