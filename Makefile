@@ -37,8 +37,12 @@ lint: $(VENV)/.test ## style and types
 docs: $(VENV)/.test ## write the generated pages anew
 	$(BIN)/python docs/generate.py
 
+coefficients: $(VENV)/.test ## fit the power coefficients of diagnosis anew, with the tables of docs/diagnosis.md
+	$(BIN)/python docs/fit_drivers.py
+
 check-docs: $(VENV)/.test ## fail when a generated page is not current
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/fit_drivers.py --check
 
 benchmark: $(VENV)/.test ## cost of the whole daemon on simulated H200s; prints the table of docs/performance.md
 	@./tests/system-packages.sh gcc libc6-dev
@@ -50,4 +54,4 @@ wheel: $(BIN)/python ## build the wheel into dist/
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info exporter/*.egg-info
 
-.PHONY: help run test lint docs check-docs benchmark wheel clean
+.PHONY: help run test lint docs coefficients check-docs benchmark wheel clean

@@ -1,4 +1,4 @@
-"""The command line: `jouletrace run`, `doctor`, `record`, `analyze`, `calibrate`, `measure`, `check-config`.
+"""The command line: `jouletrace run`, `doctor`, `record`, `analyze`, `calibrate`, `measure`, `check-config`, `proxy`.
 
 Exit codes: 0 fine, 2 usage or configuration, 3 no GPU or driver, 4 lost the driver for good; `measure` ends with
 the command's own.
@@ -35,6 +35,7 @@ from jouletrace.daemon import (
     intervals,
     make_source,
 )
+from jouletrace.engines.proxy import options as proxy_options
 from jouletrace.engines.sockets import SocketError
 from jouletrace.gpu.readings import Device, GpuError, NoDriverError, Source
 from jouletrace.gpu.sampler import DriverLostError, Sampler
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze = commands.add_parser("analyze", help="energy of a recording, by phase", allow_abbrev=False)
     analyze.add_argument("recording", type=Path, metavar="FILE")
     analyze.add_argument("--json", action="store_true", help="print JSON")
+    analyze.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts, too")
     analyze.add_argument(
         "--fidelity",
         choices=("steps", "boundaries"),
@@ -109,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("recording", type=Path, metavar="FILE")
     calibrate.set_defaults(command=_calibrate)
+
+    proxy = commands.add_parser(
+        "proxy", help="stand before an inference server and add the energy to its answers", allow_abbrev=False
+    )
+    proxy_options.add_flags(proxy)
+    proxy.set_defaults(command=_proxy)
     return parser
 
 
@@ -199,13 +207,18 @@ def _record(options: argparse.Namespace) -> int:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    from jouletrace.trace import analyze, events, recording  # noqa: PLC0415
+    from jouletrace.trace import analyze, events, recording, report  # noqa: PLC0415
 
-    result = analyze.analyze(recording.read(options.recording), fidelity=events.Fidelity(options.fidelity))
+    recorded = recording.read(options.recording)
+    result = analyze.analyze(recorded, fidelity=events.Fidelity(options.fidelity))
+    if options.html is not None:
+        from jouletrace.trace import diagnosis, page  # noqa: PLC0415
+
+        page.write(options.html, page.render(result, recorded, diagnosis.series(recorded)))
     if options.json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
-        sys.stdout.write(analyze.render_table(result))
+        sys.stdout.write(report.render(result, report.Terminal.of(sys.stdout)))
     return EXIT_FINE
 
 
@@ -227,6 +240,12 @@ def _calibrate(options: argparse.Namespace) -> int:
     }
     print(json.dumps(result, indent=2))
     return EXIT_FINE
+
+
+def _proxy(options: argparse.Namespace) -> int:
+    from jouletrace.engines.proxy.run import run  # noqa: PLC0415
+
+    return run(proxy_options.read_options(options))
 
 
 def _measure(options: argparse.Namespace) -> int:

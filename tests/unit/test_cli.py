@@ -51,7 +51,7 @@ COMMON = {"--config.file", "--source", "--devices", "--log.level", "--sampling.r
         ("record", {*COMMON, "--output", "--seconds"}),
         ("measure", {*COMMON, "--json"}),
         ("check-config", {*COMMON, "--print-config"}),
-        ("analyze", {"--json"}),
+        ("analyze", {"--json", "--html"}),
     ],
 )
 def test_help_names_the_flags(command: str, flags: set[str], capsys: Captured) -> None:
@@ -182,6 +182,18 @@ def test_analyze_the_demo(capsys: Captured) -> None:
     assert found["energy_joules"] == pytest.approx(found["counter_joules"], rel=0.0005)
     assert main(["analyze", str(demo_recording())]) == 0
     assert found["phases"][0]["name"] in capsys.readouterr().out
+
+
+def test_analyze_writes_a_page_beside_the_report(tmp_path: Path, capsys: Captured) -> None:
+    page = tmp_path / "report.html"
+    assert main(["analyze", str(demo_recording()), "--html", str(page)]) == 0
+    assert "where the joules went" in capsys.readouterr().out
+    html = page.read_text(encoding="utf-8")
+    assert html.startswith("<!doctype html>")
+    # The box on the time axis with its title, and the table.
+    assert html.count("idle_with_weights") == 3
+    assert main(["analyze", str(demo_recording()), "--html", str(tmp_path / "missing" / "report.html")]) == 2
+    assert "the report could not be written" in capsys.readouterr().err
 
 
 def test_record_then_analyze(simulate: NodeFactory, tmp_path: Path, capsys: Captured) -> None:

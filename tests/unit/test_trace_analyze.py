@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jouletrace.trace.analyze import analyze, phases_of, render_table
+from jouletrace.trace.analyze import analyze, phases_of
 from jouletrace.trace.recording import Recording, RecordingError, Stream, read
 
 REPOSITORY = Path(__file__).parents[2]
@@ -183,13 +183,3 @@ def test_a_counter_reset_is_told_and_left_out() -> None:
 def test_nothing_to_add_up_is_a_sentence() -> None:
     with pytest.raises(RecordingError, match="neither power nor energy"):
         analyze(read(DEMO, {"gpm_100ms", "state_100ms"}))
-
-
-def test_table() -> None:
-    text = render_table(analyze(read(DEMO)))
-    lines = text.splitlines()
-    assert lines[0].split() == ["phase", "seconds", "watts", "joules", "low", "high"]
-    row = next(line for line in lines if line.startswith("decode batch=16 context=1024"))
-    assert row.split()[3:6] == ["9.03", "530.0", "4,788.2"]
-    assert len({len(line) for line in lines[:24]}) == 1
-    assert "hardware counter 115,831.0 J" in lines[-1]
