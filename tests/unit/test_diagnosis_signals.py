@@ -148,7 +148,8 @@ def test_merged_spans_are_as_one() -> None:
 def test_senseless_values_are_dropped_and_counted() -> None:
     bad = DeviceSignals(
         0, S, math.nan, 1.7, {Pipe.SM: -1.0, Pipe.TENSOR: 1.01}, {Link.PCIE_RECEIVE: math.inf}, active_ratio=math.nan,
-        sm_clock_hertz=-5.0, power_limit_watts=0.0, utilization_ratio={"gpu": 4294967295.0}, idle_watts={"parked": -1.0},
+        sm_clock_hertz=-5.0, power_limit_watts=0.0, utilization_ratio={"gpu": 4294967295.0},
+        idle_watts={"parked": -1.0},
     )  # fmt: skip
     good, dropped = sound(bad)
     assert dropped == 9

@@ -75,13 +75,13 @@ MISSING_TERM_CONFIDENCE = 0.6
 HALF_LIFE_SECONDS = 3600.0
 """Refinement forgets what it saw by half in an hour of observed time: cards age slowly, coolant does not."""
 LEAST_SECONDS = 120.0
-"""Observed time before any coefficient moves: 16 s a phase gave 1 % in the shipped fit, this is several phases."""
+"""Observed time before any coefficient moves: the shipped fit rests on 93 s of 17 half phases."""
 LEAST_OWN_WATTS = 10.0
 """A coefficient may move once the root mean square of its term's watts that no other term can mimic is above this:
-an order above the ring's noise in a 1 s mean (under 1 W at steady load, H200)."""
+1.4 % of an H200's limit, about the model's own error there."""
 MOST_FACTOR, MOST_GENERIC_FACTOR = 1.5, 4.0
-"""How far refinement may take a coefficient from the shipped one, either way: two H200 agree within 5 %;
-of a model without its own coefficients hardly anything is known."""
+"""How far refinement may take a coefficient from the shipped one, either way: the coefficients of one
+H200 predict another within 5 %; of a model without its own coefficients hardly anything is known."""
 PRIOR_WATTS = 20.0
 """How strongly a coefficient holds on to the shipped one: as if its term had been seen at this many watts there."""
 MOST_SWING = 0.1

@@ -36,6 +36,8 @@ from jouletrace.requests.roofline import ModelDescription
 S = 1_000_000_000
 ENGINE_WINDOW_NS = 30 * S
 """What an engine's cause looks back on: ML.ENERGY's own steady windows are 20 s and longer."""
+CAUSE_NS = 5 * S
+"""How often an engine's cause is looked for: a sixth of the window that it rests on."""
 CONDITIONS_NS = 120 * S
 """How long a device's conditions are kept for engines whose account lags."""
 STATE_FRESH_NS = 60 * S
@@ -196,7 +198,7 @@ class NodeDiagnosis:
         if state.t_ns < totals.settled_ns - STATE_FRESH_NS:
             state = EngineState(max_num_seqs=state.max_num_seqs)
         before = engine.look(totals, state)
-        if before is None:
+        if before is None or (engine.finding and totals.settled_ns - engine.finding.end_ns < CAUSE_NS):
             return
         start_ns, end_ns = before[0].settled_ns, totals.settled_ns
         described = next((self._descriptions[model] for model in models if model in self._descriptions), None)

@@ -47,7 +47,7 @@ class Flag(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Where one verdict ends and the next begins. "H200" is the first half of each phase of the demo recording."""
+    """Where one verdict ends and the next begins. "H200" is the demo recording's phases."""
 
     quiet_ratio: float = QUIET_ACTIVITY
     """SM, GRAPHICS and DRAM activity up to this is none (idle H200: at most 0.001; 20 % duty: 0.12)."""
@@ -377,6 +377,8 @@ def _off(value: float, threshold: float) -> float:
 
 def _under(value: float, threshold: float) -> float:
     """Return the same for a threshold above the value."""
+    if threshold <= 0:
+        return 0.0
     return MOST_MARGIN if value <= 0 else min(MOST_MARGIN, math.log(threshold / value))
 
 
@@ -470,7 +472,8 @@ def _limit(load: _Load, thresholds: Thresholds, trust: float) -> _Finding:
     if max(memory, compute) < loaded:
         said += ": kernels run and load neither, they are short or wait on each other"
         return _Finding(Verdict.BALANCED, _under(max(memory, compute), loaded), trust, said)
-    return _Finding(Verdict.BALANCED, _under(max(memory, compute), dominance * min(memory, compute)), trust, said)
+    lesser = max(min(memory, compute), other)
+    return _Finding(Verdict.BALANCED, _under(max(memory, compute), dominance * lesser), trust, said)
 
 
 def _inferred(signals: DeviceSignals, load: _Load, thresholds: Thresholds) -> _Finding:

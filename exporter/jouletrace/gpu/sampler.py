@@ -80,6 +80,11 @@ ENERGY_TIERS = frozenset(
 ACTIVITY_KEPT = 64
 """GPM intervals that the diagnosis can look back on: half a minute, as long as the longest GRAPHICS interval."""
 STATES_KEPT = 32
+MEMORY_STEP_BYTES = 64 << 20
+"""Memory in use that changes by this much since the processes were last listed means that one came or went: a context
+takes some 500 MB on an H200."""
+LISTING_LEAST_NS = 3 * NS
+"""The processes are listed no more often than this for such a change: some programs allocate all the time."""
 UNCLEAR_SECONDS = 5.0
 """How often GRAPHICS is read while the other metrics do not tell for how much of the time the device was busy."""
 UNCLEAR_SM = (0.005, 0.5)
@@ -166,6 +171,8 @@ class _DeviceAccount:
         self.xid_errors: dict[int, int] = {}
         self.activities: deque[ActivityReading] = deque(maxlen=ACTIVITY_KEPT)
         self.states: deque[StateReading] = deque(maxlen=STATES_KEPT)
+        self.listed_memory_bytes: int | None = None
+        """Memory in use when the processes were last listed."""
         self.graphics_ns = 0
         """When GRAPHICS was last read."""
         self.busy_track: deque[tuple[int, float]] = deque(maxlen=BUSY_KEPT)
@@ -649,10 +656,14 @@ class Sampler:
         meter.add_ring(account.device.power_ring())
         if meter.wants_counter:
             # On its own tier, where a counter that fails costs the counter and not the ring.
-            for task in self._tasks:
-                if task.account is account and task.name == "counter":
-                    task.due_ns = self.source.clock.now_ns()
-            heapq.heapify(self._tasks)
+            self._hurry(account, "counter")
+
+    def _hurry(self, account: _DeviceAccount, tier: str) -> None:
+        """Let a tier of a device be read in this turn."""
+        for task in self._tasks:
+            if task.account is account and task.name == tier:
+                task.due_ns = self.source.clock.now_ns()
+        heapq.heapify(self._tasks)
 
     def _read_counter(self, account: _DeviceAccount) -> None:
         if account.meter is not None:
@@ -681,8 +692,13 @@ class Sampler:
             account.add_activity(reading)
 
     def _read_state(self, account: _DeviceAccount) -> None:
-        account.state = account.device.state()
-        account.states.append(account.state)
+        state = account.state = account.device.state()
+        account.states.append(state)
+        used, listed = state.memory_used_bytes, account.listed_memory_bytes
+        if account.health is not None and used is not None:
+            is_new = listed is None or abs(used - listed) >= MEMORY_STEP_BYTES
+            if is_new and state.t_ns - account.health.t_ns >= LISTING_LEAST_NS:
+                self._hurry(account, "health")
         if account.capabilities.energy_source is EnergySource.POWER_RING:
             try:
                 account.power = account.device.power()
@@ -691,6 +707,7 @@ class Sampler:
 
     def _read_health(self, account: _DeviceAccount) -> None:
         account.health = account.device.health()
+        account.listed_memory_bytes = account.state.memory_used_bytes if account.state else None
 
     # ---------------------------------------------------------------- failures
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jouletrace.diagnosis.drivers import Driver, decompose, model_of
 from jouletrace.diagnosis.signals import LEAST_SPAN_NS, DeviceSignals, align, merge
-from jouletrace.diagnosis.verdicts import Hysteresis, judge
+from jouletrace.diagnosis.verdicts import Hysteresis, flags_of, judge
 from jouletrace.energy.baseline import Baseline, holds_context
 from jouletrace.energy.timeline import Timeline
 from jouletrace.gpu.readings import (
@@ -45,6 +45,11 @@ GPM_INTERVAL_NS = 100_000_000
 """Length of the interval of a GPM row that has no row before it."""
 LONGEST_INTERVAL_NS = 1_000_000_000
 """A row that comes later than this after the one before does not speak for the time between them."""
+EDGE_NS = 300_000_000
+"""GPM trails the work by up to 0.1 s and its intervals reach over edges: what it shows this close to a phase's edge may
+be its neighbour's (H200: 95 % SM activity in an interval that ended 0.12 s after a matrix product did)."""
+LONG_EDGES = 10
+"""A phase of so many edges is judged without them."""
 AROUND_NS = 1_500_000_000
 """How far beyond a span the states are looked at: throttle counters are recorded each second."""
 
@@ -111,11 +116,13 @@ class RecordedDevice:
         for one in spans:
             for driver, joules in decompose(one, model.coefficients, model.confidence).joules.items():
                 drivers[driver.value] = drivers.get(driver.value, 0.0) + joules
-        judgement = judge(merge(spans))
+        inside = self.signals(spans[0].start_ns + EDGE_NS, spans[-1].end_ns - EDGE_NS)
+        is_long = spans[-1].end_ns - spans[0].start_ns >= LONG_EDGES * EDGE_NS
+        judgement = judge(merge(inside if is_long else spans))
         return PhaseDiagnosis(
             drivers,
             judgement.verdict.value,
-            [flag.value for flag in judgement.flags],
+            [flag.value for flag in flags_of(merge(spans))],
             judgement.confidence,
             {**judgement.evidence, "sentence": judgement.sentence},
         )
