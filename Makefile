@@ -50,10 +50,13 @@ benchmark: $(VENV)/.test ## cost of the whole daemon on simulated H200s; prints 
 vllm: $(VENV)/.test ## real vLLM on the CPU: every feed joined on one request id (3.5 GB of packages, 5 minutes)
 	$(BIN)/python -m tests.engines.vllm_cpu $(VLLM_ARGS)
 
+triton: $(VENV)/.test ## real Triton on the CPU, scraped by a real daemon (half a minute)
+	$(BIN)/python -m tests.engines.triton
+
 wheel: $(BIN)/python ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info exporter/*.egg-info
 
-.PHONY: help run test lint docs coefficients check-docs benchmark wheel clean
+.PHONY: help run test lint docs coefficients check-docs benchmark vllm triton wheel clean

@@ -3,12 +3,20 @@
 import sys
 from pathlib import Path
 
+from config_pages import example_file, manual_page
+
 from jouletrace.config import reference_markdown as configuration
 from jouletrace.metrics.names import reference_markdown as metrics
 from jouletrace.web.schema import records_schema
 
 DOCS = Path(__file__).parent
-PAGES = {"configuration.md": configuration, "metrics.md": metrics, "schema/records.schema.json": records_schema}
+PAGES = {
+    "configuration.md": configuration,
+    "metrics.md": metrics,
+    "schema/records.schema.json": records_schema,
+    "man/jouletrace.yml.5": manual_page,
+    "../deploy/deb/jouletrace.yml": example_file,
+}
 
 
 def main() -> int:

@@ -18,12 +18,18 @@ from jouletrace.config import Config, ConfigError
 from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
 from jouletrace.diagnosis.service import DiagnosisService
 from jouletrace.energy.baseline import QUIET_ACTIVITY
+from jouletrace.engines.discovery import Discovery
+from jouletrace.engines.otlp.receiver import OtlpReceiver
+from jouletrace.engines.otlp.tee import TeeCounts
+from jouletrace.engines.scraping import EngineScraper, target_of
+from jouletrace.engines.sink import InboxSink
 from jouletrace.engines.sockets import MODES, DatagramServer, StreamServer
 from jouletrace.gpu.readings import ProcessReading
 from jouletrace.gpu.sampler import LiveDevice
-from jouletrace.requests.account import LedgerSnapshot, Taken
+from jouletrace.notify import PassedSockets
+from jouletrace.requests.account import LedgerSnapshot, RequestEnergy, Taken
 from jouletrace.requests.devices import BusyTrack, DeviceView
-from jouletrace.requests.inbox import Events, Inbox
+from jouletrace.requests.inbox import Events, Inbox, Origin
 from jouletrace.requests.journal import Journal, JournalError
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule
 from jouletrace.requests.ledger import Ledger, Limits
@@ -32,7 +38,11 @@ from jouletrace.requests.roofline import PEAKS, ModelDescription, peak_of, prior
 from jouletrace.requests.service import LedgerService
 from jouletrace.requests.state import LedgerState
 from jouletrace.web.api import Api
+from jouletrace.web.entrance import Entrance
+from jouletrace.workloads.cgroups import membership_of
 from jouletrace.workloads.processes import lineage
+
+SHORT_CONTAINER_ID = 12
 
 _log = structlog.get_logger(__name__)
 
@@ -122,8 +132,8 @@ class Accounting:
             journal=self._journal,
         )
         parked_after_seconds = config.diagnosis.parked_after
-        diagnosis = NodeDiagnosis(laws, known.descriptions, parked_after_seconds=parked_after_seconds)
-        self._diagnosis = DiagnosisService(diagnosis, live, lambda: self._service.snapshot)
+        self._node = NodeDiagnosis(laws, known.descriptions, parked_after_seconds=parked_after_seconds)
+        self._diagnosis = DiagnosisService(self._node, live, lambda: self._service.snapshot)
         self._api = Api(
             self._service,
             self._inbox,
@@ -132,8 +142,21 @@ class Accounting:
             token=self.token,
             max_body_bytes=int(config.ingest.max_body_mebibytes) << 20,
         )
+        self._otlp = OtlpReceiver(
+            config,
+            self._inbox,
+            admission=self._api.admission,
+            entrance=self._api.entrance,
+            engines=lambda: self._ledger.engines,
+        )
         check = self._api.admission.check
         self._stream, self._datagram = StreamServer(self._inbox, check), DatagramServer(self._inbox, check)
+        self._scraper = EngineScraper(
+            InboxSink(self._inbox, Origin.SCRAPE),
+            [target_of(target) for target in config.engines.targets],
+            discover=Discovery(self._holders).targets if config.engines.discover else None,
+            known=lambda: self._ledger.engines,
+        )
         self._serving: list[asyncio.Task[None]] = []
 
     @property
@@ -150,33 +173,65 @@ class Accounting:
         """Return the counts of records."""
         return self._inbox.events()
 
-    def routes(self) -> Sequence[web.AbstractRouteDef]:
-        """Return the routes of the HTTP API."""
-        return self._api.routes()
+    @property
+    def entrance(self) -> Entrance:
+        """Who may send records and ask what requests used."""
+        return self._api.entrance
 
-    async def start(self, on_end: Callable[[BaseException], None]) -> None:
-        """Open the sockets and begin to settle; raises SocketError. `on_end` hears of a service that died."""
+    async def running(self, limit: int) -> list[RequestEnergy]:
+        """Return provisional answers about requests in flight, those of the most joules so far first."""
+        return await self._service.running(limit)
+
+    async def recent(self, limit: int) -> list[RequestEnergy]:
+        """Return the final answers about the requests that ended last, the newest first."""
+        return await self._service.recent(limit)
+
+    def tee(self) -> TeeCounts | None:
+        """Return the counts of spans that were passed on, None when none are to be."""
+        return self._otlp.tee()
+
+    def routes(self) -> Sequence[web.AbstractRouteDef]:
+        """Return the routes of the HTTP API and of OTLP."""
+        return [*self._api.routes(), *self._otlp.routes()]
+
+    async def start(self, on_end: Callable[[BaseException], None], passed: PassedSockets) -> None:
+        """Open the sockets and begin to settle; raises SocketError and ListenError. `on_end` hears of a service that died.
+
+        A socket that systemd has opened stands in for the configured one.
+        """
         ingest = self._config.ingest
         mode = MODES[ingest.socket_access]
-        if ingest.stream_path is not None:
+        if passed.stream is not None:
+            await self._stream.serve(passed.stream)
+        elif ingest.stream_path is not None:
             await self._stream.start(ingest.stream_path, mode)
-        if ingest.datagram_path is not None:
+        if passed.datagram is not None:
+            self._datagram.serve(passed.datagram)
+        elif ingest.datagram_path is not None:
             await self._datagram.start(ingest.datagram_path, mode)
+
+        await self._otlp.start()
 
         def ended(task: asyncio.Task[None]) -> None:
             failure = None if task.cancelled() else task.exception()
             if failure is not None:
                 on_end(failure)
 
-        for service in (self._service, self._diagnosis):
+        for service in (self._service, self._diagnosis, self._scraper):
             task = asyncio.create_task(service.run())
             task.add_done_callback(ended)
             self._serving.append(task)
+
+    def use_models(self, known: KnownModels) -> None:
+        """Take other laws and descriptions of models, from the next settling on; may be called from any thread."""
+        self._ledger.next_laws = known.laws
+        self._node.use_laws(known.laws, known.descriptions)
 
     async def stop(self) -> None:
         """Take no more records, book what came, settle and save a last time."""
         await self._stream.stop()
         await self._datagram.stop()
+        await self._otlp.stop()
         for task in self._serving:
             task.cancel()
         if self._serving:
@@ -186,14 +241,17 @@ class Accounting:
 
     def _placed(self, record: EngineRecord) -> EngineRecord:
         """Return an engine with its devices filled in by the processes that hold them."""
-        if record.pid is None or record.gpu_uuids:
+        if record.gpu_uuids or (record.pid is None and not record.container_id and not record.pod_uid):
             return record
         held = tuple(
             device.uuid
             for device in self._live()
-            if any(record.pid in lineage(process.pid) for process in device.processes or ())
+            if any(belongs(process.pid, record) for process in device.processes or ())
         )
         return msgspec.structs.replace(record, gpu_uuids=held) if held else record
+
+    def _holders(self) -> Mapping[str, Sequence[int]]:
+        return {device.uuid: [process.pid for process in device.processes or ()] for device in self._live()}
 
     def _views(self) -> Mapping[str, DeviceView]:
         return {device.uuid: self._view(device) for device in self._live()}
@@ -225,6 +283,17 @@ class Accounting:
         return shares or None
 
 
+def belongs(pid: int, record: EngineRecord, proc: Path = Path("/proc")) -> bool:
+    """Return whether a process is one of an engine's, by what the engine says of itself."""
+    if record.pid is not None:
+        return record.pid in lineage(pid, proc)
+    home = membership_of(pid, proc)
+    if record.container_id:
+        # `docker ps` shows the first twelve digits.
+        return len(record.container_id) >= SHORT_CONTAINER_ID and home.container_id.startswith(record.container_id)
+    return home.pod_uid == record.pod_uid
+
+
 def _is_alive(record: EngineRecord) -> bool:
     """Return whether the engine's process is there."""
     return record.pid is not None and bool(lineage(record.pid))
@@ -239,6 +308,8 @@ class PlacedLedger(Ledger):
 
     _place: Callable[[EngineRecord], EngineRecord]
     _is_alive: Callable[[EngineRecord], bool]
+    next_laws: LawBook | None = None
+    """What the next settling takes over; settling happens in a thread, which must not find two laws in one pass."""
 
     @classmethod
     def begin(
@@ -269,6 +340,9 @@ class PlacedLedger(Ledger):
 
     def settle(self, devices: Mapping[str, DeviceView], now_ns: int, *, close_ns: int | None = None) -> None:
         """Settle, after another look for the devices of engines that had none."""
+        if self.next_laws is not None:
+            self.use_laws(self.next_laws)
+            self.next_laws = None
         for record in self.engines:
             if not record.gpu_uuids:
                 self.place(self._place(record))

@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
         sys.stdout.write(configuration.to_yaml(config))
         return EXIT_FINE
     logs.configure(config.log.level, config.log.format)
-    return asyncio.run(Daemon(config).run())
+    return asyncio.run(Daemon(config, lambda: _load(options)).run())
 
 
 def _check_config(options: argparse.Namespace) -> int:

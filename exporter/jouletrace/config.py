@@ -132,6 +132,8 @@ def default_socket(environment: Mapping[str, str], file: str) -> str:
 
 
 _DURATION = re.compile("(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?(?:([0-9]{1,9})ms)?")
+_HEADER = re.compile("([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([!-~](?:[ -~]*[!-~])?)")
+"""A header field of RFC 9110 section 5, in ASCII."""
 _HOST_NAME = re.compile("[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
@@ -332,6 +334,45 @@ class _List(Form):
         return f"a list of {self.item.allowed(meta)}"
 
 
+class EngineTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A serving engine whose metrics are read."""
+
+    url: Annotated[str, Meta(pattern=r"^https?://[^\s/?#@]+$", max_length=256)]
+    """Without path."""
+    kind: Literal["vllm", "sglang", "trtllm", "tgi", "llamacpp", "triton", "dynamo", "nim"] | None = None
+    engine_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    gpu_uuids: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    metrics_path: Annotated[str, Meta(pattern=r"^/\S*$", max_length=256)] | None = None
+
+
+class _EngineTarget(Form):
+    """An engine: its URL, or in the file a mapping."""
+
+    metavar = "URL"
+
+    def read(self, raw: object) -> object:
+        mend = (
+            "write a URL such as http://127.0.0.1:8000, or in the file url, kind, engine_id, gpu_uuids and metrics_path"
+        )
+        if not isinstance(raw, str | dict):
+            raise _RefusedError("is not an engine", mend)
+        try:
+            return msgspec.convert({"url": raw} if isinstance(raw, str) else raw, EngineTarget)
+        except msgspec.ValidationError as error:
+            raise _RefusedError(f"is not an engine ({error})", mend) from None
+
+    def write(self, value: EngineTarget) -> object:
+        tree: dict[str, object] = msgspec.to_builtins(value)
+        return (
+            value.url
+            if set(tree) == {"url"}
+            else {name: list(v) if isinstance(v, tuple) else v for name, v in tree.items()}
+        )
+
+    def allowed(self, meta: Meta) -> str:
+        return "URLs such as http://127.0.0.1:8000, or mappings of url, kind, engine_id, gpu_uuids and metrics_path"
+
+
 Duration = Annotated[float, _Duration()]
 """Seconds in the tree, Prometheus style text outside; bounds are required."""
 Number = Annotated[float, _Number()]
@@ -373,7 +414,7 @@ class Web(Section, frozen=True):
     ] = (":9841",)
     telemetry_path: Annotated[
         str,
-        # Under /-/ stand health and readiness, at / the landing page.
+        # Under /-/ stand health and readiness, at / the live page.
         _Text(
             "PATH",
             r"(?!/-(/|$))(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+",
@@ -461,6 +502,86 @@ class Ingest(Section, frozen=True):
                 f"{TOKEN_CHARACTERS} ASCII characters into it, for example with `openssl rand -hex 32`"
             )
         return token
+
+
+class Otlp(Section, frozen=True):
+    """How engines' spans come in over OTLP, besides `/v1/traces` at `web.listen_address`, and where they go on to."""
+
+    listen_address: Annotated[
+        tuple[str, ...],
+        _List(_Address()),
+        Meta(description="More addresses at which `/v1/traces` is served; OTLP's own port is 4318."),
+    ] = ()
+    grpc_listen_address: Annotated[
+        tuple[str, ...],
+        _List(_Address()),
+        Meta(
+            description="The addresses at which spans are taken over gRPC, which needs `jouletrace[grpc]`; OTLP's own "
+            "port is 4317."
+        ),
+    ] = ()
+    forward_url: Annotated[
+        str,
+        _Text("URL", "(https?://[^\\s/?#@]+/[^\\s]*)?", "a URL such as http://collector:4318/v1/traces, or nothing"),
+        Meta(description="The collector to which all spans go on unchanged; if empty, they end here."),
+    ] = ""
+    forward_headers_file: Annotated[
+        str,
+        _Text("FILE", "(/.*)?", "an absolute path, or nothing"),
+        Meta(description="A file with headers for the collector, a line `Name: value` each, such as its API key."),
+    ] = ""
+    # 10,000 spans/s of 600 bytes for 30 s are 180 MB.
+    forward_buffer_mebibytes: Annotated[
+        Number,
+        Meta(
+            ge=1,
+            le=65536,
+            description="Memory for spans that wait while the collector is away; further ones are dropped.",
+        ),
+    ] = 256.0
+
+    def forward_headers(self) -> dict[str, str]:
+        """Return what `forward_headers_file` holds; raises ConfigError when it holds anything but headers."""
+        if not self.forward_headers_file:
+            return {}
+        try:
+            lines = Path(self.forward_headers_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ConfigError(
+                f"otlp.forward_headers_file: {self.forward_headers_file} cannot be read ({reason}); "
+                "make it a file that the daemon's user may read, or remove the key"
+            ) from None
+        headers: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            match = _HEADER.fullmatch(line.strip())
+            if match is not None:
+                headers[match[1]] = match[2]
+            elif line.strip():
+                raise ConfigError(
+                    f"otlp.forward_headers_file: line {number} of {self.forward_headers_file} is not a header; "
+                    "write Name: value"
+                )
+        return headers
+
+
+class Engines(Section, frozen=True):
+    """Which serving engines' own metrics are read, for joules per token without any change to them."""
+
+    discover: Annotated[
+        Switch,
+        Meta(
+            description="Whether engines on this machine are found by the processes on its GPUs and read each second."
+        ),
+    ] = True
+    targets: Annotated[
+        tuple[EngineTarget, ...],
+        _List(_EngineTarget()),
+        Meta(
+            description="Engines on this machine's GPUs that are read though nobody finds them; in the file an item "
+            "may also be a mapping that says its GPUs (`gpu_uuids`), its `kind`, `engine_id` and `metrics_path`."
+        ),
+    ] = ()
 
 
 class Ledger(Section, frozen=True):
@@ -604,6 +725,8 @@ class Config(Section, frozen=True):
     log: Log = Log()
     web: Web = Web()
     ingest: Ingest = Ingest()
+    otlp: Otlp = Otlp()
+    engines: Engines = Engines()
     ledger: Ledger = Ledger()
     sampling: Sampling = Sampling()
     diagnosis: Diagnosis = Diagnosis()
@@ -1017,6 +1140,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 options["action"] = "append"
                 text += " Repeatable."
         groups[section].add_argument(key.flag, dest=key.name, default=argparse.SUPPRESS, help=text, **options)
+
+
+def changed_keys(before: Config, after: Config) -> list[str]:
+    """Return the names of the keys that differ, in the order of the tree."""
+    return [key.name for key in KEYS.values() if key.value_in(before) != key.value_in(after)]
 
 
 def to_yaml(config: Config) -> str:

@@ -1,10 +1,12 @@
 """The daemon: the one place that knows all parts. It wires them and runs them as one group."""
 
 import asyncio
+import faulthandler
 import gc
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -12,18 +14,24 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from jouletrace.accounting import Accounting
-from jouletrace.config import Config
+from jouletrace import logs
+from jouletrace.accounting import Accounting, KnownModels, read_laws
+from jouletrace.config import Config, ConfigError, changed_keys
 from jouletrace.gpu.readings import Device, DriverMismatchError, GpuError, NoDriverError, Source
 from jouletrace.gpu.sampler import DriverLostError, Intervals, Sampler
 from jouletrace.metrics.exporter import node_registry
+from jouletrace.notify import Supervisor, passed_sockets
 from jouletrace.state import StateDirectory
 from jouletrace.trace.recording import RecordingError
 from jouletrace.web.application import application
 from jouletrace.web.health import Readiness, readiness
+from jouletrace.web.live.document import Moment
+from jouletrace.web.live.stream import LiveStream
 from jouletrace.web.serve import WebServer
 
 SAVE_SECONDS = 60.0
+RELOADABLE = frozenset({"log.level", "log.format", "ledger.laws_file"})
+"""Keys that SIGHUP applies, the file that one names included; the others need a restart."""
 EXIT_FINE, EXIT_USAGE, EXIT_NO_GPU, EXIT_DRIVER_LOST = 0, 2, 3, 4
 REPLAY_PREFIX = "replay:"
 
@@ -126,7 +134,12 @@ def _keep_latency_low() -> None:
 class Daemon:
     """Builds the services from a configuration and runs them until a signal or until one of them dies."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reread: Callable[[], Config]) -> None:
+        """`reread` returns the configuration as it is written now, or raises ConfigError."""
+        self._configured = config
+        """As it was written, so far as it is in force."""
+        self._reread = reread
+        self._supervisor = Supervisor.of(os.environ, os.getpid())
         if config.replay_file is not None:
             # A replay's levels and account must not turn up on the real node.
             config = msgspec.structs.replace(config, state_dir=str(Path(config.state_dir) / "replay"))
@@ -135,9 +148,12 @@ class Daemon:
         self._source = make_source(config)
         self._ended: asyncio.Future[BaseException | None] | None = None
         self.sampler: Sampler
+        self._accounting: Accounting
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code. Raises ListenError before anything is read."""
+        # A watchdog that is not fed sends SIGABRT: the log then tells where each thread stood.
+        faulthandler.enable()
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         config = self._config
@@ -154,7 +170,7 @@ class Daemon:
             give_up_after_seconds=config.driver.give_up_after,
             on_end=end_from_thread,
         )
-        accounting = Accounting(config, self._source.clock, self.sampler.live_devices)
+        self._accounting = accounting = Accounting(config, self._source.clock, self.sampler.live_devices)
         app = application(
             snapshot=lambda: self.sampler.snapshot,
             registry=node_registry(
@@ -165,16 +181,21 @@ class Daemon:
                 account=lambda: accounting.snapshot,
                 events=accounting.events,
                 diagnosis=lambda: accounting.diagnosis,
+                tee=accounting.tee,
             ),
             readiness=self.readiness,
             telemetry_path=config.web.telemetry_path,
         )
         app.add_routes(accounting.routes())
+        self._live(accounting).add_to(app)
         server = WebServer(app)
-        await server.start(config.web.listen_address)
-        await accounting.start(self._end)
+        passed = passed_sockets(os.environ, os.getpid())
+        await server.start(() if passed.metrics else config.web.listen_address, passed=passed.metrics)
+        await accounting.start(self._end, passed)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, partial(self._end, None))
+        reload_asked = asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, reload_asked.set)
         self.sampler.start()
         feeding = self._feed_from_recording(server.urls[0], accounting.token)
         _keep_latency_low()
@@ -185,9 +206,15 @@ class Daemon:
                 metrics=f"{url}{config.web.telemetry_path}",
                 source=self._source.name,
             )
-        saving = asyncio.create_task(self._save_regularly())
+        if passed.metrics and config.web.listen_address != Config().web.listen_address:
+            _log.warning("web.listen_address is not used: systemd's socket unit says where to listen")
+        self._supervisor.ready(self._status())
+        chores = [self._chore(self._save_regularly()), self._chore(self._reload_when(reload_asked))]
+        chores.append(self._chore(self._tell_supervisor()))
         failure = await self._ended
-        saving.cancel()
+        self._supervisor.stopping()
+        for chore in chores:
+            chore.cancel()
         if failure is None:
             _log.info("stopping")
         else:
@@ -203,6 +230,27 @@ class Daemon:
         self._state.save_idle_levels(self.sampler.learnt_levels())
         return EXIT_FINE if failure is None else exit_code(failure)
 
+    def _live(self, accounting: Accounting) -> LiveStream:
+        """Return the stream of the live monitor."""
+
+        def moment() -> Moment:
+            return Moment(
+                now_ns=self._source.clock.now_ns(),
+                node=self.sampler.snapshot,
+                readiness=self.readiness(),
+                account=accounting.snapshot,
+                diagnosis=accounting.diagnosis,
+                stale_after_seconds=self._config.readiness.stale_after,
+            )
+
+        return LiveStream(
+            moment=moment,
+            devices=self.sampler.live_devices,
+            requests=accounting,
+            entrance=accounting.entrance,
+            clock=self._source.clock,
+        )
+
     def readiness(self) -> Readiness:
         """Return whether every expected device has a fresh sample."""
         return readiness(
@@ -212,6 +260,66 @@ class Daemon:
             self.sampler.heartbeat_age_seconds,
             self.sampler.overdue_call,
         )
+
+    def _status(self) -> str:
+        """Return for the supervisor, in a line, how things are."""
+        readiness = self.readiness()
+        devices = len(self.sampler.snapshot.devices)
+        return " ".join(readiness.reasons) or f"{devices} GPU{'' if devices == 1 else 's'} sampled"
+
+    async def _tell_supervisor(self) -> None:
+        """Feed the watchdog from the event loop while the sampler comes round.
+
+        A driver call that hangs does not end the process at once: pages and metrics go on and say what is wrong. When
+        it has lasted as long as failing GPUs are waited for, the watchdog is starved, and the supervisor starts anew.
+        """
+        beat_seconds = self._supervisor.beat_seconds
+        while beat_seconds is not None:
+            hung = self.sampler.heartbeat_age_seconds > self._config.driver.give_up_after
+            (self._supervisor.tell if hung else self._supervisor.alive)(self._status())
+            await asyncio.sleep(beat_seconds)
+
+    def _chore(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
+        """Return a task whose failure ends the daemon."""
+
+        def done(task: "asyncio.Task[None]") -> None:
+            failure = None if task.cancelled() else task.exception()
+            if failure is not None:
+                self._end(failure)
+
+        chore = asyncio.create_task(work)
+        chore.add_done_callback(done)
+        return chore
+
+    async def _reload_when(self, asked: asyncio.Event) -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            await self._reload()
+
+    async def _reload(self) -> None:
+        """Read the configuration anew and apply what can be; a wrong one is refused whole."""
+        self._supervisor.reloading()
+        try:
+            written, known = await asyncio.to_thread(self._read_again)
+        except ConfigError as failure:
+            _log.error("the configuration was not reloaded, the old one stays", problem=str(failure))
+        else:
+            changed = changed_keys(self._configured, written)
+            logs.configure(written.log.level, written.log.format)
+            self._accounting.use_models(known)
+            ledger = msgspec.structs.replace(self._configured.ledger, laws_file=written.ledger.laws_file)
+            self._configured = msgspec.structs.replace(self._configured, log=written.log, ledger=ledger)
+            _log.info(
+                "the configuration was reloaded",
+                applied=[key for key in changed if key in RELOADABLE],
+                need_a_restart=[key for key in changed if key not in RELOADABLE],
+            )
+        self._supervisor.ready(self._status())
+
+    def _read_again(self) -> tuple[Config, KnownModels]:
+        written = self._reread()
+        return written, read_laws(written.ledger.laws_file)
 
     def _feed_from_recording(self, url: str, token: str | None) -> "asyncio.Task[None] | None":
         """In a replay, let the recording's engine send its requests through the API, as any engine would."""

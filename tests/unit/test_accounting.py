@@ -1,11 +1,12 @@
 """The laws file, and where an engine's devices come from."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from jouletrace.accounting import PlacedLedger, read_laws
+from jouletrace.accounting import PlacedLedger, belongs, read_laws
 from jouletrace.config import ConfigError
 from jouletrace.energy.timeline import Timeline
 from jouletrace.requests.devices import DeviceView
@@ -125,3 +126,23 @@ def test_an_engine_whose_process_is_there_bears_the_idle_energy_of_the_whole_nig
         assert ledger.snapshot().idle_joules["g", "parked"] == pytest.approx(80_000)
         # Without its process it is gone after 200 s; what was settled by then trails by up to 20 s.
         assert ledger.snapshot().allocated_joules["m", "", "e"] == pytest.approx(night_seconds * 100, abs=2000)
+
+
+def test_processes_that_belong_to_an_engine(tmp_path: Path) -> None:
+    container, pod = "3f" * 32, "2c48913c-b29f-11e7-9350-020968147796"
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "stat").write_text("7 (worker) S 5 7 7")
+    (tmp_path / "7" / "cgroup").write_text(f"0::/kubepods/burstable/pod{pod}/{container}\n")
+
+    def is_ours(**says: Any) -> bool:
+        return belongs(7, EngineRecord(engine_id="e", **says), tmp_path)
+
+    assert is_ours(pid=7)
+    assert not is_ours(pid=8)
+    assert is_ours(container_id=container)
+    assert is_ours(container_id=container[:12])
+    assert not is_ours(container_id=container[:11])
+    assert not is_ours(container_id="4" + container[1:])
+    assert is_ours(pod_uid=pod)
+    assert not is_ours(pod_uid=pod.replace("2", "3"))
+    assert not belongs(8, EngineRecord(engine_id="e", pod_uid=pod), tmp_path)

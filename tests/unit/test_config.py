@@ -150,6 +150,19 @@ OTHER_VALUES = {
     "ingest.max_body_mebibytes": ("256", 256.0),
     "ingest.queue_records": ("1024", 1024.0),
     "ingest.queue_mebibytes": ("8", 8.0),
+    "otlp.listen_address": (":4318", (":4318",)),
+    "otlp.grpc_listen_address": ("127.0.0.1:4317,[::1]:4317", ("127.0.0.1:4317", "[::1]:4317")),
+    "otlp.forward_url": ("https://otlp.example:4318/v1/traces?x=1", "https://otlp.example:4318/v1/traces?x=1"),
+    "otlp.forward_headers_file": ("/etc/headers", "/etc/headers"),
+    "otlp.forward_buffer_mebibytes": ("65536", 65536.0),
+    "engines.discover": ("false", False),
+    "engines.targets": (
+        "http://127.0.0.1:8000,https://[::1]:1",
+        (
+            configuration.EngineTarget(url="http://127.0.0.1:8000"),
+            configuration.EngineTarget(url="https://[::1]:1"),
+        ),
+    ),
     "ledger.laws_file": ("/etc/jouletrace/laws.json", "/etc/jouletrace/laws.json"),
     "ledger.in_flight_requests": ("1000", 1000.0),
     "ledger.settled_requests": ("5000", 5000.0),
@@ -178,7 +191,7 @@ def test_other_values_name_every_key() -> None:
 def test_each_key_by_flag_variable_and_file(tmp_path: Path, name: str) -> None:
     text, value = OTHER_VALUES[name]
     key = KEYS[name]
-    flag = [f"--no-{name}"] if name == "replay.loop" else [key.flag, text]
+    flag = [f"--no-{name}"] if name in ("replay.loop", "engines.discover") else [key.flag, text]
     by_flag = load(None, STATE, parse_flags(*flag))
     by_variable = load(None, STATE | {key.variable: text}, None)
     assert key.value_in(by_flag) == key.value_in(by_variable) == value != key.default
@@ -757,3 +770,44 @@ def test_importing_is_cheap() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     ).stdout.split()
     assert not {"yaml", "numpy", "aiohttp", "structlog", "asyncio", "prometheus_client"} & set(modules)
+
+
+def test_headers_for_the_collector(tmp_path: Path) -> None:
+    file = tmp_path / "headers"
+    file.write_text("x-api-key: a b:c\n\n  Authorization:Basic eHg=  \n")
+    otlp = configuration.Otlp(forward_headers_file=str(file))
+    assert otlp.forward_headers() == {"x-api-key": "a b:c", "Authorization": "Basic eHg="}
+    assert configuration.Otlp().forward_headers() == {}
+
+
+@pytest.mark.parametrize("line", ["no colon", "na me: v", "name:", "näme: v", "name: v\x01", ": v"])
+def test_what_is_no_header_is_refused_without_its_value(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "headers"
+    file.write_text(f"good: 1\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        configuration.Otlp(forward_headers_file=str(file)).forward_headers()
+    assert str(caught.value).startswith(f"otlp.forward_headers_file: line 2 of {file} is not a header; write Name: ")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        configuration.Otlp(forward_headers_file=str(tmp_path / "gone")).forward_headers()
+
+
+@pytest.mark.parametrize(
+    "url", ["collector:4318", "http://collector:4318", "ftp://c/v1/traces", "http://u:p@c/v1/traces"]
+)
+def test_a_collector_is_named_by_its_whole_url(tmp_path: Path, url: str) -> None:
+    assert "write a URL such as http://collector:4318/v1/traces" in refusal(tmp_path, f"otlp: {{forward_url: '{url}'}}")
+
+
+def test_engines_as_mappings(tmp_path: Path) -> None:
+    text = "engines:\n  targets:\n    - http://a:1\n    - {url: 'http://b:2', kind: nim, gpu_uuids: [GPU-1, GPU-2]}\n"
+    config = from_text(tmp_path, text)
+    assert config.engines.targets == (
+        configuration.EngineTarget(url="http://a:1"),
+        configuration.EngineTarget(url="http://b:2", kind="nim", gpu_uuids=("GPU-1", "GPU-2")),
+    )
+    assert from_text(tmp_path, to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("item", ["{url: 3}", "[1]", "http://x/metrics", "{url: 'http://a', kind: foo}", "{urk: a}"])
+def test_what_is_no_engine(tmp_path: Path, item: str) -> None:
+    assert "is not an engine" in refusal(tmp_path, f"engines:\n  targets:\n    - {item}\n")

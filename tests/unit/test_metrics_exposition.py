@@ -11,12 +11,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from tests.snapshots import NOW_NS, diagnosis_snapshot, events, full_device, ledger_snapshot, node_snapshot
 
+from jouletrace.engines.otlp.tee import Drop, TeeCounts
 from jouletrace.metrics import names
 from jouletrace.metrics.device import device_collectors
 from jouletrace.metrics.diagnosis import diagnosis_collectors
 from jouletrace.metrics.exporter import BuildCollector, Exporter, SamplerCollector, SourceCollector
 from jouletrace.metrics.exposition import render
 from jouletrace.metrics.ledger import ledger_collectors
+from jouletrace.metrics.otlp import TeeCollector
 
 GOLDEN = Path("tests/golden")
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
@@ -46,6 +48,7 @@ def fixture_registry() -> CollectorRegistry:
         BuildCollector("0.1.0", "3.11.2"),
         *device_collectors(),
         *ledger_collectors(ledger_snapshot, events),
+        TeeCollector(lambda: TeeCounts(120, dict(zip(Drop, (7, 2, 1, 3), strict=True)), 4096)),
         *diagnosis_collectors(diagnosis_snapshot, ledger_snapshot),
         SourceCollector(),
         SamplerCollector(),

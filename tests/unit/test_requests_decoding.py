@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jouletrace.requests.decoding import SLICE_BYTES, SLICE_LINES, LineError, RecordDecoder, TooManyRecordsError, slices
-from jouletrace.requests.records import EngineRecord, Record, RecordKind, RequestRecord, Status, StepRecord, Unit, Usage
+from jouletrace.requests.records import (
+    EngineRecord,
+    LoadRecord,
+    Record,
+    RecordKind,
+    RequestRecord,
+    Status,
+    StepRecord,
+    Unit,
+    Usage,
+)
 
 REQUEST = RecordDecoder(RecordKind.REQUEST)
 STEP = RecordDecoder(RecordKind.STEP)
@@ -170,14 +180,19 @@ def test_on_a_socket_each_record_says_what_it_is() -> None:
         b'{"record":"engine","engine_id":"e"}',
         b'{"record":"step","engine_id":"e","start_ns":1,"end_ns":2,"decode":["a"]}',
         b'{"record":"request","request_id":"a"}',
+        b'{"record":"load","engine_id":"e","start_ns":1,"end_ns":2,"models":[{"model":"m","usage":{"output":5}}]}',
         b'{"request_id":"a"}',
+        b'{"record":"load","engine_id":"e","start_ns":3,"end_ns":2}',
+        b'{"record":"load","engine_id":"e","start_ns":1,"end_ns":2,"models":[{"model":"m","usage":{"cached_input":5}}]}',
         b'{"record":"token","request_id":"a"}',
     ]
     part = ANY.lines(lines)
-    assert [type(record) for record in part.records] == [EngineRecord, StepRecord, RequestRecord]
+    assert [type(record) for record in part.records] == [EngineRecord, StepRecord, RequestRecord, LoadRecord]
     assert [str(error) for error in part.errors] == [
-        "line 4: record: is missing",
-        "line 5: record: does not fit here; on a socket it is one of engine, step, request",
+        "line 5: record: is missing",
+        "line 6: end_ns: lies before start_ns",
+        "line 7: usage.cached_input: is more than usage.input, which includes it",
+        "line 8: record: does not fit here; on a socket it is one of engine, step, request, load",
     ]
 
 

@@ -954,3 +954,28 @@ def test_prefill_parts_pay_by_tokens() -> None:
         assert answer is not None
         assert answer.energy_joules == pytest.approx(joules * scale)
         assert answer.fixed_joules == pytest.approx(scale / 3)
+
+
+def test_a_feed_that_knows_the_engine_s_name_of_a_request_tells_of_the_same_one() -> None:
+    """vLLM calls `req-0` `chatcmpl-req-0`; proxy and middleware know what the client sent (captured vLLM 0.32 feeds)."""
+    book = ledger()
+    for number, prefix, suffix in ((0, "chatcmpl-", ""), (1, "cmpl-", "-0"), (2, "", "")):
+        arrival_ns = START_NS + number * S
+        start = RequestRecord(request_id=f"req-{number}", engine_id="e", arrival_ns=arrival_ns, status=Status.RUNNING)
+        end = RequestRecord(
+            request_id=f"{prefix}req-{number}{suffix}",
+            engine_id="e",
+            model="m",
+            arrival_ns=arrival_ns,
+            first_token_ns=arrival_ns + 100 * MS,
+            end_ns=arrival_ns + 900 * MS,
+            usage=Usage(input=100, output=10),
+        )
+        members = StepRecord(
+            engine_id="e", start_ns=arrival_ns, end_ns=arrival_ns + 800 * MS, decode=(f"{prefix}req-{number}{suffix}",)
+        )
+        assert [tell(book, one, arrival_ns + S) for one in (start, members, end)] == [Taken.ACCEPTED] * 3
+        assert tell(book, msgspec.structs.replace(end, request_id=f"req-{number}"), arrival_ns + S) is Taken.DUPLICATE
+        answers = {book.price(f"{one}req-{number}{two}") for one, two in ((prefix, suffix), ("", ""))}
+        assert len(answers) == 1
+    assert sum(book.snapshot().in_flight.values()) == 0

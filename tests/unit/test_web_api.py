@@ -290,7 +290,7 @@ async def test_asking_for_a_request() -> None:
 async def test_without_a_token_only_this_machine_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Rig().running() as rig:
         assert (await rig.get("/v1/ledger"))[0] == 200
-        monkeypatch.setattr("jouletrace.web.api._is_loopback", lambda request: False)
+        monkeypatch.setattr("jouletrace.web.entrance.is_loopback", lambda address: False)
         status, answer = await rig.get("/v1/ledger")
         assert (status, answer["error"]["message"][:41]) == (403, "Only clients on this machine are answered")
         assert (await rig.post("/v1/requests", '{"request_id":"a"}'))[0] == 403

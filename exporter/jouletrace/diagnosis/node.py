@@ -156,6 +156,10 @@ class NodeDiagnosis:
         self._engines: dict[str, _Engine] = {}
         self._waste = Waste(parked_after_seconds)
 
+    def use_laws(self, laws: LawBook, descriptions: Mapping[str, ModelDescription]) -> None:
+        """Take other laws and descriptions from the next observation on; may be called from any thread."""
+        self._laws, self._descriptions = laws, descriptions
+
     def observe(self, devices: Sequence[WatchedDevice], account: LedgerSnapshot) -> None:
         """Take in what the devices have read and what the account says by now."""
         uses = []

@@ -112,19 +112,25 @@ class StreamServer:
         """Listen; raises SocketError."""
         sock = _bound(path, socket.SOCK_STREAM, mode)
         sock.listen(socket.SOMAXCONN)
-        sock.setblocking(False)
+        await self.serve(sock)
         self._path = path
-        self._server = await asyncio.get_running_loop().create_unix_server(self._connection, sock=sock)
+
+    async def serve(self, sock: socket.socket) -> None:
+        """Take lines from a socket that listens already and whose file is somebody else's."""
+        sock.setblocking(False)
+        # Not create_unix_server(): from Python 3.13 on it removes the file at the end.
+        self._server = await asyncio.get_running_loop().create_server(self._connection, sock=sock)
 
     async def stop(self) -> None:
-        """Close the socket and all connections and remove the file."""
-        if self._server is None or self._path is None:
+        """Close the socket and all connections and remove the file if it is ours."""
+        if self._server is None:
             return
         self._server.close()
         for connection in tuple(self._connections):
             connection.end()
-        _remove(self._path)
-        self._server = None
+        if self._path is not None:
+            _remove(self._path)
+        self._server = self._path = None
 
     def _connection(self) -> "_Connection":
         return _Connection(self._intake, self._connections, self._max_line_bytes)
@@ -288,21 +294,26 @@ class DatagramServer:
 
     async def start(self, path: Path, mode: int = MODES["group"]) -> None:
         """Listen; raises SocketError."""
-        sock = _bound(path, socket.SOCK_DGRAM, mode)
+        self.serve(_bound(path, socket.SOCK_DGRAM, mode))
+        self._path = path
+
+    def serve(self, sock: socket.socket) -> None:
+        """Take datagrams from a bound socket whose file is somebody else's."""
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._path, self._sock = path, sock
+        self._sock = sock
         asyncio.get_running_loop().add_reader(sock.fileno(), self._read)
 
     async def stop(self) -> None:
-        """Close the socket and remove the file."""
-        if self._sock is None or self._path is None:
+        """Close the socket and remove the file if it is ours."""
+        if self._sock is None:
             return
         self._read()
         asyncio.get_running_loop().remove_reader(self._sock.fileno())
         self._sock.close()
-        _remove(self._path)
-        self._sock = None
+        if self._path is not None:
+            _remove(self._path)
+        self._sock = self._path = None
 
     def _read(self) -> None:
         assert self._sock is not None

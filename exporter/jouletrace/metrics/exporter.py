@@ -9,6 +9,7 @@ from prometheus_client.core import Metric
 
 import jouletrace
 from jouletrace.diagnosis.node import DiagnosisSnapshot
+from jouletrace.engines.otlp.tee import TeeCounts
 from jouletrace.metrics import names
 from jouletrace.metrics.collector import (
     OTHER,
@@ -23,6 +24,7 @@ from jouletrace.metrics.collector import (
 from jouletrace.metrics.device import device_collectors
 from jouletrace.metrics.diagnosis import diagnosis_collectors
 from jouletrace.metrics.ledger import ledger_collectors
+from jouletrace.metrics.otlp import TeeCollector
 from jouletrace.requests.account import LedgerSnapshot
 from jouletrace.requests.inbox import Events
 from jouletrace.snapshot import DeviceStatus, NodeSnapshot
@@ -184,6 +186,7 @@ def node_collectors(
     account: Callable[[], LedgerSnapshot] = LedgerSnapshot,
     events: Callable[[], Events] = Events,
     diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
+    tee: Callable[[], TeeCounts | None] = lambda: None,
 ) -> tuple[Collector, ...]:
     """Return all collectors of the node, in the order of the page."""
     build = BuildCollector(jouletrace.__version__, platform.python_version())
@@ -191,6 +194,7 @@ def node_collectors(
         build,
         *device_collectors(),
         *ledger_collectors(account, events),
+        TeeCollector(tee),
         *diagnosis_collectors(diagnosis, account),
         SourceCollector(),
         SamplerCollector(),
@@ -206,17 +210,18 @@ def node_registry(
     account: Callable[[], LedgerSnapshot] = LedgerSnapshot,
     events: Callable[[], Events] = Events,
     diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
+    tee: Callable[[], TeeCounts | None] = lambda: None,
 ) -> CollectorRegistry:
     """Return a registry that serves the node's metrics and those of this process.
 
     `now_ns` is the clock of the snapshot's times; `account` and `events` are the ledger's, `diagnosis` is the
-    diagnosis' snapshot. Readings are taken for
+    diagnosis' snapshot; `tee` says what became of spans that are passed on. Readings are taken for
     old, and are not served, once the sampler's heart has not beaten for `stale_after_seconds`.
     """
     registry = CollectorRegistry(auto_describe=True)
     exporter = Exporter(
         snapshot,
-        node_collectors(account, events, diagnosis),
+        node_collectors(account, events, diagnosis, tee),
         now_ns=now_ns,
         heartbeat_age_seconds=heartbeat_age_seconds,
         stale_after_seconds=stale_after_seconds,

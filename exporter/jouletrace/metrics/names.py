@@ -12,6 +12,7 @@ from jouletrace.diagnosis.causes import Cause
 from jouletrace.diagnosis.drivers import Driver
 from jouletrace.diagnosis.verdicts import Flag, Verdict
 from jouletrace.diagnosis.waste import WasteCause
+from jouletrace.engines.otlp.tee import Drop
 from jouletrace.gpu.readings import Pipe, Sensor, ThrottleReason
 from jouletrace.requests.account import Phase
 from jouletrace.requests.records import Status, Unit
@@ -327,6 +328,24 @@ EVENTS_DROPPED = Metric(
     "lowers the coverage.",
     ("source", "reason"),
 )
+OTLP_EXPORTS_FORWARDED = Metric(
+    "jouletrace_otlp_exports_forwarded_total",
+    "counter",
+    "Exports of spans that the collector at otlp.forward_url has taken. Absent without one, as the next two.",
+)
+OTLP_EXPORTS_DROPPED = Metric(
+    "jouletrace_otlp_exports_dropped_total",
+    "counter",
+    "Exports of spans that were not passed on. buffer_full: the collector was away for too long; refused: it does not "
+    "want them; loop: otlp.forward_url leads back here; stopped: it was away when jouletrace stopped.",
+    ("reason",),
+    tuple(Drop),
+)
+OTLP_FORWARD_BUFFER_BYTES = Metric(
+    "jouletrace_otlp_forward_buffer_bytes",
+    "gauge",
+    "Spans that wait for the collector, in bytes; further ones are dropped at otlp.forward_buffer_mebibytes.",
+)
 
 LEDGER = (
     ATTRIBUTED_ENERGY_JOULES,
@@ -342,6 +361,9 @@ LEDGER = (
     ACCOUNT_AGE_SECONDS,
     EVENTS,
     EVENTS_DROPPED,
+    OTLP_EXPORTS_FORWARDED,
+    OTLP_EXPORTS_DROPPED,
+    OTLP_FORWARD_BUFFER_BYTES,
 )
 
 DRIVER_ENERGY_JOULES = Metric(

@@ -14,11 +14,13 @@ import msgspec
 from jouletrace.requests.inbox import Loss
 from jouletrace.requests.records import (
     EngineRecord,
+    LoadRecord,
     Record,
     RecordError,
     RecordKind,
     RequestRecord,
     StepRecord,
+    check_load,
     check_request,
     check_step,
 )
@@ -37,7 +39,12 @@ _MEMBER_BYTES: Final = 96
 """What an id in a list takes beside its letters: 49 bytes of string and a reference, in `prefill` a struct and a number
 as well (sys.getsizeof in CPython 3.11)."""
 
-_STRUCTS = {RecordKind.ENGINE: EngineRecord, RecordKind.STEP: StepRecord, RecordKind.REQUEST: RequestRecord}
+_STRUCTS = {
+    RecordKind.ENGINE: EngineRecord,
+    RecordKind.STEP: StepRecord,
+    RecordKind.REQUEST: RequestRecord,
+    RecordKind.LOAD: LoadRecord,
+}
 _PLACE = re.compile(r"^(?P<problem>.*?)(?: - at (?:the key in )?`\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _KINDS = ", ".join(RecordKind)
 
@@ -120,6 +127,8 @@ class RecordDecoder:
                     check_request(record)
                 elif type(record) is StepRecord:
                     check_step(record)
+                elif type(record) is LoadRecord:
+                    check_load(record)
             except RecordError as error:
                 field, _, message = str(error).partition(": ")
                 errors.append(LineError(number, field, message))

@@ -14,7 +14,8 @@ from jouletrace.requests import law as laws
 from jouletrace.requests.account import EngineState, EngineTotals
 from jouletrace.requests.inflight import NOBODY, Inference, InFlight
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
-from jouletrace.requests.records import EngineRecord, Role, StepRecord, Usage
+from jouletrace.requests.loads import Loads, LoadSpans, ModelShare
+from jouletrace.requests.records import EngineRecord, LoadRecord, Role, StepRecord, Usage
 from jouletrace.requests.split import (
     NEVER,
     Activity,
@@ -60,6 +61,8 @@ LATEST_DELAYS = 20
 """Delays of which the second longest counts."""
 UNCLAIMED_NS = 120 * S
 """Least time for which unclaimed energy waits for its request."""
+SILENT_NS = 300 * S
+"""An engine that has told nothing for this long is taken to have no feed."""
 TYPICAL_PROMPT_TOKENS = 512.0
 """Assumed for a prompt whose length is not known yet and whose engine has told none."""
 FEWEST_STEPS = 8
@@ -98,12 +101,15 @@ class Plan:
     slots: Int64s
     """Requests whose boundaries matter."""
     boundaries: Boundaries | None
+    loads: LoadSpans
+    """When an engine worked whose requests nobody tells; empty for another."""
 
     def edges(self) -> Int64s:
         """Return every time at which the engine's members may change."""
         times = [self.step_from_ns, self.step_until_ns, np.array([self.from_ns, self.until_ns], np.int64)]
         if self.boundaries is not None:
             times.append(self.boundaries.edges())
+        times.append(np.clip(self.loads.edges(), self.from_ns, self.until_ns))
         return np.concatenate(times)
 
 
@@ -116,11 +122,18 @@ class Seen:
     by_boundaries: Bools
     """Whether boundaries say that requests were active, outside of steps."""
     activity: Activity | None
+    running: Float64s
+    """Requests in the batch by the engine's own counters, outside of steps and boundaries; 0 where it did not work."""
+
+    @property
+    def by_loads(self) -> Bools:
+        """Whether only the engine's counters say that requests were active."""
+        return self.running > 0
 
     @property
     def active(self) -> Bools:
         """Whether the slice belongs to requests of this engine."""
-        return (self.step >= 0) | self.by_boundaries
+        return (self.step >= 0) | self.by_boundaries | self.by_loads
 
 
 class Engine:
@@ -134,6 +147,9 @@ class Engine:
         self.superseded: dict[str, list[Inference]] = {}
         """Unsettled earlier lives and attempts of ids in use."""
         self.unclaimed = Unclaimed()
+        self.loads = Loads()
+        self.requested_ns = 0
+        """When a request was last told; 0 for never."""
         self.late: list[int] = []
         """Slots that came when part of their time was settled."""
         self.counting = False
@@ -203,7 +219,31 @@ class Engine:
         if record.running is None and record.waiting is None and record.kv_usage is None:
             return
         if record.end_ns >= self._state.t_ns:
-            self._state = EngineState(record.end_ns, record.running, record.waiting, record.kv_usage)
+            preemptions = self._state.preemptions
+            self._state = EngineState(
+                record.end_ns, record.running, record.waiting, record.kv_usage, preemptions=preemptions
+            )
+
+    def note_load(self, load: LoadRecord) -> bool:
+        """Take in what the engine's counters say; False when it has been told before."""
+        if not self.loads.add(load):
+            return False
+        if load.end_ns >= self._state.t_ns:
+            self._state = EngineState(
+                load.end_ns, load.running, load.waiting, load.kv_usage, preemptions=load.preemptions
+            )
+        return True
+
+    def lives_by_loads(self, now_ns: int) -> bool:
+        """Whether its counters are all that is known: they are told, and no request has been for minutes."""
+        is_requested = self.requested_ns > 0 and self.requested_ns > now_ns - SILENT_NS
+        return not is_requested and self.loads.told_ns > now_ns - SILENT_NS
+
+    def keep_ns(self, now_ns: int) -> int:
+        """Return for how long its unclaimed energy waits for requests; none ever came to one that only counts."""
+        if self.requested_ns == 0 and self.lives_by_loads(now_ns):
+            return 0
+        return max(UNCLAIMED_NS, round(self.hold_ns(now_ns)))
 
     def observe_delay(self, delay_ns: int, now_ns: int) -> None:
         """Note how old something was when it was told; what is older than the timeline tells nothing of the feed."""
@@ -263,6 +303,10 @@ class Engine:
             return min(until, max(self.evidence_ns, now_ns - STEP_PATIENCE_NS))
         return self._before_open_prefill(until, now_ns, table)
 
+    def loads_horizon(self, now_ns: int) -> int:
+        """Return up to when its time may be settled beside engines that tell of requests."""
+        return min(now_ns - BASE_LAG_NS, max(self.loads.told_ns, now_ns - STEP_PATIENCE_NS))
+
     def _before_open_prefill(self, until: int, now_ns: int, table: InFlight) -> int:
         """Return `until`, or the start of the prefill that would be cut: its tokens are only known whole."""
         mine = table.engine == self.number
@@ -278,7 +322,7 @@ class Engine:
 
     # ---------------------------------------------------------------- a pass
 
-    def plan(self, until_ns: int, table: InFlight) -> Plan:
+    def plan(self, until_ns: int, table: InFlight, now_ns: int) -> Plan:
         """Take the steps that end or began up to `until_ns` and arrange the requests of the pass."""
         steps = self._take_steps(until_ns)
         ends = np.array([step.end_ns for step in steps], np.int64)
@@ -298,7 +342,8 @@ class Engine:
                 (table.engine == self.number) & (table.start_ns < until_ns) & (table.end_ns > self.settled_ns)
             )
             boundaries = self._boundaries(slots, until_ns, table) if len(slots) else None
-        return Plan(self.settled_ns, until_ns, steps, begin, finish, slots, boundaries)
+        loads = self.loads.spans(self.settled_ns, until_ns if self.lives_by_loads(now_ns) else self.settled_ns)
+        return Plan(self.settled_ns, until_ns, steps, begin, finish, slots, boundaries, loads)
 
     def skip(self, until_ns: int) -> None:
         """Leave the time up to `until_ns` behind without energy."""
@@ -334,14 +379,14 @@ class Engine:
             at = np.minimum(np.searchsorted(plan.step_until_ns, middle), len(plan.steps) - 1)
             inside = (middle >= plan.step_from_ns[at]) & (middle < plan.step_until_ns[at])
             step = np.where(inside, at, -1)
-        if plan.boundaries is None:
-            return Seen(step, np.zeros(len(middle), np.bool_), None)
-        seen = activity(plan.boundaries, edges)
-        # A request that waits while its GPU does nothing burns nothing: that is idle.
-        by_boundaries = seen.active & (step < 0) & (middle >= plan.from_ns)
+        free = (step < 0) & (middle >= plan.from_ns)
         if busy is not None:
-            by_boundaries &= busy
-        return Seen(step, by_boundaries, seen)
+            # A request that waits while its GPU does nothing burns nothing: that is idle.
+            free &= busy
+        seen = None if plan.boundaries is None else activity(plan.boundaries, edges)
+        by_boundaries = np.zeros(len(middle), np.bool_) if seen is None else seen.active & free
+        running = np.where(free & ~by_boundaries, plan.loads.at(middle), 0.0)
+        return Seen(step, by_boundaries, seen, running)
 
     def use(self, joules: float) -> None:
         """Count busy energy of its devices, whoever it will turn out to belong to."""
@@ -381,7 +426,26 @@ class Engine:
             self._book_steps(plan, steps, slack, table)
         if boundaries is not None:
             self._book_boundaries(plan, boundaries, slack, table)
+        if seen.by_loads.any():
+            self._book_loads(seen, edges, joules)
         self.settled_ns = plan.until_ns
+
+    def _book_loads(self, seen: Seen, edges: Int64s, joules: Float64s) -> None:
+        """Let energy wait of which only the counters know: a request that is told yet takes its part."""
+        at = seen.by_loads
+        self.unclaimed.append_unknown(edges[:-1][at], edges[1:][at], joules[at])
+        seconds = float(np.diff(edges)[at] @ seen.running[at]) / 1e9
+        self.totals = replace(self.totals, sequence_seconds=self.totals.sequence_seconds + seconds)
+
+    def count_shares(self, joules: float, shares: Sequence[ModelShare]) -> None:
+        """Count by phase energy that models share by their engine's counters."""
+        if not self.counting:
+            # Of counted steps the phases are counted already.
+            self._count_phases(
+                joules * sum(share.prefill for share in shares),
+                joules * sum(share.decode for share in shares),
+                joules * sum(share.fixed for share in shares),
+            )
 
     def pass_by(self, plan: Plan) -> None:
         """Leave the time of a plan behind whose energy could not be distributed."""

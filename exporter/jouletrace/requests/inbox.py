@@ -20,6 +20,8 @@ class Origin(StrEnum):
     HTTP = "http"
     STREAM = "stream"
     DATAGRAM = "datagram"
+    OTLP = "otlp"
+    SCRAPE = "scrape"
 
 
 class Loss(StrEnum):

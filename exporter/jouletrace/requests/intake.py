@@ -4,13 +4,14 @@ The same id may come again: with more known, as another attempt, or as another l
 counts anew. A step may name requests that nobody has described yet; these wait for their record as orphans.
 """
 
+import msgspec
 import numpy as np
 
 from jouletrace.energy.timeline import DEPTH_NS
 from jouletrace.requests.account import Taken
 from jouletrace.requests.engine import Engine, Step
 from jouletrace.requests.inflight import NOBODY, NOTHING, Inference, InFlight
-from jouletrace.requests.records import RequestRecord, Role, Status, StepRecord
+from jouletrace.requests.records import RequestRecord, Role, Status, StepRecord, joined_id
 from jouletrace.requests.settled import Settled
 from jouletrace.requests.split import NEVER
 
@@ -70,6 +71,7 @@ class Intake:
 
     def _slot(self, engine: Engine, request_id: str, step: StepRecord) -> int:
         """Return the slot of the life that a step means; a new one for an id that nobody has described yet."""
+        request_id = joined_id(request_id)
         inference = engine.ids.get(request_id)
         if inference is not None:
             if engine.superseded and (inference.arrival_ns or 0) > step.end_ns:
@@ -95,6 +97,9 @@ class Intake:
 
     def add_request(self, engine: Engine, record: RequestRecord, now_ns: int) -> Taken:
         """Take in what a record tells of a request of an engine."""
+        request_id = joined_id(record.request_id)
+        if request_id is not record.request_id:
+            record = msgspec.structs.replace(record, request_id=request_id)
         newest = record.end_ns or record.first_token_ns or record.scheduled_ns or record.arrival_ns
         if newest is not None and newest > now_ns + FUTURE_NS:
             return Taken.FUTURE

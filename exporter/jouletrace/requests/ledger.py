@@ -17,18 +17,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec.structs import replace as replace_fields
 from numpy.typing import NDArray
 
 from jouletrace.energy.baseline import IdleKind
+from jouletrace.energy.timeline import DEPTH_NS
 from jouletrace.requests.account import LedgerSnapshot, Phase, RequestEnergy, Taken
 from jouletrace.requests.bounds import edge_errors, methods
 from jouletrace.requests.devices import Bools, DeviceView, HeldHistory, TimeShares, slack
 from jouletrace.requests.downtime import Counters
-from jouletrace.requests.engine import UNCLAIMED_NS, Engine, Plan, Seen
+from jouletrace.requests.engine import SILENT_NS, STEP_PATIENCE_NS, UNCLAIMED_NS, Engine, Plan, Seen
 from jouletrace.requests.inflight import NO_ACCOUNT, NOBODY, Inference, InFlight
-from jouletrace.requests.intake import Intake
+from jouletrace.requests.intake import FUTURE_NS, Intake
 from jouletrace.requests.law import LawBook
-from jouletrace.requests.records import EngineRecord, RequestRecord, Status, StepRecord
+from jouletrace.requests.records import EngineRecord, LoadRecord, RequestRecord, Status, StepRecord, joined_id
 from jouletrace.requests.settled import FLOATS, Settled, answer, method_of
 from jouletrace.requests.sharing import DeviceShares, Owner, any_busy, share_device, slices
 from jouletrace.requests.split import NEVER
@@ -55,8 +57,6 @@ BUSY_PATIENCE_NS = 5 * S
 BUSY_PATIENCE_READINGS = 3
 """and for how many of them where they come more seldom."""
 COVERAGE_HALF_LIFE_S = 120.0
-SILENT_NS = 300 * S
-"""An engine that has told nothing for this long is taken to have no feed."""
 PLACE_PATIENCE_NS = 60 * S
 """How long the requests of an engine without device wait for one: loading a model takes minutes, but nothing ends."""
 UNKNOWN_MODEL = "unknown"
@@ -116,12 +116,14 @@ class Ledger:
 
     @property
     def engines(self) -> Sequence[EngineRecord]:
-        """What the engines have said of themselves."""
-        return [engine.record for engine in self._engines.values()]
+        """What the engines have said of themselves; may be read from any thread."""
+        return [engine.record for engine in list(self._engines.values())]
 
     def add_engine(self, record: EngineRecord, now_ns: int) -> Taken:
         """Take in an engine, or what has changed of a known one (from the next pass on)."""
         self._now_ns = max(self._now_ns, now_ns)
+        if record.ended:
+            return self._end_engine(record.engine_id)
         if record.gpu_uuids and self._views and not any(uuid in self._views for uuid in record.gpu_uuids):
             return Taken.UNKNOWN_DEVICE
         known = self._engines.get(record.engine_id)
@@ -135,9 +137,25 @@ class Ledger:
         self._open_engine(record, settled_ns, now_ns)
         return Taken.ACCEPTED
 
+    def _end_engine(self, engine_id: str) -> Taken:
+        """Take an engine as gone as soon as its requests are."""
+        engine = self._engines.get(engine_id)
+        if engine is None:
+            return Taken.UNKNOWN_ENGINE
+        engine.describe(replace_fields(engine.record, pid=None), self._laws)
+        engine.heard_ns = 0
+        self._retire(engine, self._now_ns)
+        return Taken.ACCEPTED
+
     def place(self, record: EngineRecord) -> None:
         """Take over where a known engine runs; that is no sign of life of it."""
         self._engines[record.engine_id].describe(record, self._laws)
+
+    def use_laws(self, laws: LawBook) -> None:
+        """Take other laws for all that is not settled yet."""
+        self._laws = laws
+        for engine in self._engines.values():
+            engine.describe(engine.record, laws)
 
     def _open_engine(self, record: EngineRecord, settled_ns: int, now_ns: int) -> Engine:
         """Open an engine under its former number, or one whose answers are forgotten, or a new one."""
@@ -168,12 +186,27 @@ class Ledger:
             return Taken.UNKNOWN_ENGINE
         return _counted(engine, self._intake.add_step(engine, record, now_ns), now_ns)
 
+    def add_load(self, record: LoadRecord, now_ns: int) -> Taken:
+        """Take in what an engine's own counters say of some time."""
+        self._now_ns = max(self._now_ns, now_ns)
+        engine = self._known_engine(record.engine_id, now_ns)
+        if engine is None:
+            return Taken.UNKNOWN_ENGINE
+        # The counters say nothing of requests, so they do not make the engine one that tells of them.
+        engine.heard_ns = now_ns
+        if record.end_ns > now_ns + FUTURE_NS:
+            return Taken.FUTURE
+        if record.end_ns <= now_ns - DEPTH_NS:
+            return Taken.LATE
+        return Taken.ACCEPTED if engine.note_load(record) else Taken.DUPLICATE
+
     def add_request(self, record: RequestRecord, now_ns: int) -> Taken:
         """Take in what a record tells of a request; fields that are set replace older ones."""
         self._now_ns = max(self._now_ns, now_ns)
         engine = self._engine_of(record, now_ns)
         if engine is None:
             return Taken.UNKNOWN_ENGINE
+        engine.requested_ns = now_ns
         return _counted(engine, self._intake.add_request(engine, record, now_ns), now_ns)
 
     def _engine_of(self, record: RequestRecord, now_ns: int) -> Engine | None:
@@ -268,6 +301,8 @@ class Ledger:
                 until = min(until, int(busy.end_ns[-1]))
         # One that was announced but has told nothing yet must not hold back the requests of those beside it.
         telling = [engine for engine in engines if engine.told_ns] or engines
+        counting = [engine for engine in engines if engine not in telling and engine.lives_by_loads(now_ns)]
+        until = min([until, *(engine.loads_horizon(now_ns) for engine in counting)])
         return min([until, *(engine.horizon(now_ns, self._table) for engine in telling)])
 
     def _settle_group(self, engines: Sequence[Engine], uuids: Sequence[str], now_ns: int, close_ns: int | None) -> None:
@@ -285,8 +320,32 @@ class Ledger:
                 table = self._table
                 mine = (table.engine == engine.number) & (table.claimed_ns < engine.settled_ns)
                 engine.claim(table, np.flatnonzero(mine), engine.settled_ns, whole=True)
-            keep_ns = max(UNCLAIMED_NS, round(engine.hold_ns(now_ns)))
-            self._lose(engine, engine.unclaimed.expire(NEVER if close_ns is not None else engine.settled_ns - keep_ns))
+            before_ns = NEVER if close_ns is not None else engine.settled_ns - engine.keep_ns(now_ns)
+            self._release(engine, before_ns, now_ns)
+
+    def _release(self, engine: Engine, before_ns: int, now_ns: int) -> None:
+        """Book energy that has waited long enough for its request: by the engine's counters, else as unattributed."""
+        loads = engine.loads.release(before_ns)
+        if not engine.lives_by_loads(now_ns):
+            self._lose(engine, engine.unclaimed.expire(before_ns))
+            return
+        shares = engine.loads.shares(loads, engine.law)
+        if before_ns < NEVER:
+            # Behind the last load nobody knows yet who worked; without any, perhaps the next one says.
+            told_ns = loads[-1].end_ns if loads and shares else 0
+            before_ns = max(told_ns, before_ns - (STEP_PATIENCE_NS if shares else UNCLAIMED_NS))
+        # The moment itself included, so that energy and loads that end together go together.
+        joules = engine.unclaimed.expire(before_ns + 1)
+        engine.count_shares(joules, shares)
+        if not shares:
+            self._lose(engine, joules)
+        for share in shares:
+            number = np.array([self._accounts.number(share.model, "", engine.engine_id)])
+            self._accounts.add(number, np.array([joules * share.prefill]), np.array([joules * share.decode]))
+        for part in (part for load in loads for part in load.models):
+            model, tenant, _ = self._accounts.keys[self._accounts.number(part.model, "", engine.engine_id)]
+            self._tally.count_work(model, tenant, part.usage)
+            engine.count_ended([part.usage])
 
     def _lose_nobodys(self, engines: Sequence[Engine]) -> None:
         """Book what the table's slot for nobody collected while these engines were settled as unattributed."""
@@ -311,7 +370,7 @@ class Ledger:
         for engine in due:
             # An engine's time begins with that of its devices; without energy there is nothing to hand out before.
             engine.settled_ns = max(engine.settled_ns, from_ns)
-        plans = [engine.plan(until_ns, self._table) for engine in due]
+        plans = [engine.plan(until_ns, self._table, self._now_ns) for engine in due]
         times = [plan.edges() for plan in plans]
         times += [history[uuid].changes() for history in (self._held, self._time_shares) for uuid in uuids]
         edges = slices(times, [self._views[uuid] for uuid in uuids], from_ns, until_ns)
@@ -379,8 +438,8 @@ class Ledger:
         self._book_rest(uuid, found.left, found.worked, edges, owners)
 
     def _tells(self, engine: Engine) -> bool:
-        """Whether the engine's requests are known at present."""
-        return engine.told_ns > self._now_ns - SILENT_NS
+        """Whether it is known at present when the engine has requests."""
+        return engine.told_ns > self._now_ns - SILENT_NS or engine.lives_by_loads(self._now_ns)
 
     def _book_rest(self, uuid: str, left: Float64s, worked: Bools, edges: Int64s, engines: Sequence[Engine]) -> None:
         """Book energy of slices without request: work without owner, or idle."""
@@ -570,6 +629,7 @@ class Ledger:
         Without an engine id the newest request of that id on any engine. Up to the horizon an estimate holds what
         was measured, behind it the engine's last power per sequence and energy per prompt token.
         """
+        request_id = joined_id(request_id)
         engines = self._by_number if engine_id is None else [e for e in self._by_number if e.engine_id == engine_id]
         found = []
         for engine in engines:
@@ -581,6 +641,19 @@ class Ledger:
                 if final is not None:
                     found.append(final)
         return max(found, key=lambda one: one.arrival_ns, default=None)
+
+    def running(self, limit: int) -> list[RequestEnergy]:
+        """Return estimates for requests that have not ended, those of the most joules so far first."""
+        table = self._table
+        slots = np.flatnonzero((table.engine >= 0) & (table.end_ns >= NEVER))
+        found: list[RequestEnergy] = []
+        for slot in slots[np.argsort(-table.joules(slots), kind="stable")].tolist():
+            if len(found) == limit:
+                break
+            inference = table.inferences[slot]
+            if inference is not None and inference.described:
+                found.append(self._provisional(self._by_number[inference.engine], inference))
+        return found
 
     def _provisional(self, engine: Engine, inference: Inference) -> RequestEnergy:
         table = self._table

@@ -45,14 +45,18 @@ class Unit(StrEnum):
     FRAME = "frame"
     STEP = "step"
     EMBEDDING = "embedding"
+    SECOND = "second"
+    """Of video or audio made, whole ones."""
+    INFERENCE = "inference"
 
 
 class RecordKind(StrEnum):
-    """What a record is about; the value of its field `record` where a transport carries all three."""
+    """What a record is about; the value of its field `record` where a transport carries all of them."""
 
     ENGINE = "engine"
     STEP = "step"
     REQUEST = "request"
+    LOAD = "load"
 
 
 # Without gc: nothing in them can refer back to them, and a collector that walks through every record that is held
@@ -80,6 +84,8 @@ class EngineRecord(_Record, frozen=True, kw_only=True, tag=RecordKind.ENGINE.val
     role: Role = Role.MIXED
     max_num_seqs: Annotated[int, Meta(ge=1, le=2**40)] | None = None
     """Most sequences that it runs at once, as its configuration says."""
+    ended: bool = False
+    """It is gone, or goes by another id: it owns no device any more."""
 
 
 class PrefillPart(_Part, frozen=True, kw_only=True):
@@ -146,7 +152,48 @@ class RequestRecord(_Record, frozen=True, kw_only=True, tag=RecordKind.REQUEST.v
     usage: Usage | None = None
 
 
-Record = EngineRecord | StepRecord | RequestRecord
+class ModelLoad(_Part, frozen=True, kw_only=True):
+    """What one model of an engine did in the time of a load record."""
+
+    model: Label
+    usage: Usage
+    prefill_seconds: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    """Time that the engine computed prompts,"""
+    decode_seconds: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    """and that it decoded, or computed at all where there are no phases."""
+
+
+class LoadRecord(_Record, frozen=True, kw_only=True, tag=RecordKind.LOAD.value):
+    """What an engine's own counters say of some time, without naming requests; each time is told once."""
+
+    engine_id: Identifier
+    start_ns: Nanoseconds
+    end_ns: Nanoseconds
+    models: Annotated[tuple[ModelLoad, ...], Meta(max_length=256)] = ()
+    steps: Count = 0
+    """Forward passes in this time, 0 when not known."""
+    running: Count | None = None
+    """At its end, as are those that follow."""
+    waiting: Count | None = None
+    kv_usage: Annotated[float, Meta(ge=0, le=1)] | None = None
+    preemptions: Count | None = None
+    """Since the engine started."""
+
+
+Record = EngineRecord | StepRecord | RequestRecord | LoadRecord
+
+
+def joined_id(request_id: str) -> str:
+    """Return the id that all feeds share, from one that an OpenAI-compatible engine has made of it.
+
+    vLLM calls what came with `X-Request-Id: req-0` `chatcmpl-req-0`, and `cmpl-req-0-0` where it completes text: in its
+    answer, its spans and its statistics (vLLM 0.32). Proxy, middleware and gateway know `req-0`.
+    """
+    if request_id.startswith("chatcmpl-"):
+        return request_id[9:] or request_id
+    if request_id.startswith("cmpl-"):
+        return request_id[5:].removesuffix("-0") or request_id
+    return request_id
 
 
 class RecordError(ValueError):
@@ -167,6 +214,24 @@ def check_step(record: StepRecord) -> None:
         )
 
 
+def check_load(record: LoadRecord) -> None:
+    """Raise RecordError when a load's parts do not fit together."""
+    if record.end_ns < record.start_ns:
+        raise RecordError("end_ns: lies before start_ns")
+    for part in record.models:
+        check_usage(part.usage)
+
+
+def check_usage(usage: Usage) -> None:
+    """Raise RecordError when a usage contradicts itself."""
+    if usage.cached_input > usage.input:
+        raise RecordError("usage.cached_input: is more than usage.input, which includes it")
+    if (usage.input or usage.output) and usage.unit is not None:
+        raise RecordError("usage.unit: is given beside tokens; send one of the two")
+    if usage.count and usage.unit is None:
+        raise RecordError("usage.unit: is missing beside usage.count")
+
+
 def check_request(record: RequestRecord) -> None:
     """Raise RecordError when a request's parts do not fit together."""
     order = (
@@ -182,11 +247,6 @@ def check_request(record: RequestRecord) -> None:
     usage = record.usage
     if usage is None:
         return
-    if usage.cached_input > usage.input:
-        raise RecordError("usage.cached_input: is more than usage.input, which includes it")
-    if (usage.input or usage.output) and usage.unit is not None:
-        raise RecordError("usage.unit: is given beside tokens; send one of the two")
-    if usage.count and usage.unit is None:
-        raise RecordError("usage.unit: is missing beside usage.count")
+    check_usage(usage)
     if (usage.input or usage.output) and record.model is None and record.status not in (None, Status.RUNNING):
         raise RecordError("model: is missing; tokens are counted by model")

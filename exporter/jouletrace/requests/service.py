@@ -14,7 +14,7 @@ from jouletrace.logs import Transitions
 from jouletrace.requests.account import LedgerSnapshot, RequestEnergy, Taken
 from jouletrace.requests.inbox import Batch, Events, Inbox
 from jouletrace.requests.journal import Journal
-from jouletrace.requests.records import EngineRecord, Record, RequestRecord, Status, StepRecord
+from jouletrace.requests.records import EngineRecord, LoadRecord, Record, RequestRecord, Status, StepRecord
 
 SETTLE_SECONDS: Final = 1.0
 """How often the account is settled: as often as the sampler harvests the power ring."""
@@ -55,6 +55,9 @@ class Account(Protocol[Devices_contra, State_co]):
     def add_request(self, record: RequestRecord, now_ns: int) -> Taken:
         """Book a request or more about one."""
 
+    def add_load(self, record: LoadRecord, now_ns: int) -> Taken:
+        """Book what an engine's own counters say."""
+
     def settle(self, devices: Devices_contra, now_ns: int) -> None:
         """Distribute the energy that the devices' timelines have by now."""
 
@@ -63,6 +66,9 @@ class Account(Protocol[Devices_contra, State_co]):
 
     def price(self, request_id: str, engine_id: str | None = None) -> RequestEnergy | None:
         """Return what a request used, None for an unknown one."""
+
+    def running(self, limit: int) -> list[RequestEnergy]:
+        """Return estimates for requests that have not ended, those of the most joules so far first."""
 
     def snapshot(self) -> LedgerSnapshot:
         """Return the account."""
@@ -165,6 +171,11 @@ class LedgerService(Generic[Devices, State]):
                     found.append(energy)
         return found
 
+    async def running(self, limit: int) -> list[RequestEnergy]:
+        """Return provisional answers about requests in flight, those of the most joules so far first."""
+        async with self._ledger_lock:
+            return self._ledger.running(limit)
+
     async def _price(self, request_id: str, engine_id: str | None) -> RequestEnergy | None:
         async with self._ledger_lock:
             return self._ledger.price(request_id, engine_id)
@@ -226,6 +237,8 @@ class LedgerService(Generic[Devices, State]):
             return taken
         if type(record) is StepRecord:
             return self._ledger.add_step(record, now_ns)
+        if type(record) is LoadRecord:
+            return self._ledger.add_load(record, now_ns)
         assert type(record) is EngineRecord
         return self._ledger.add_engine(record, now_ns)
 

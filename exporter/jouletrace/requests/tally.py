@@ -24,16 +24,20 @@ class Tally:
     ) -> None:
         """Count a request that has ended."""
         _increase(self.requests, (model, tenant, status), 1)
+        self.count_work(model, tenant, usage)
+        histogram = self.histograms.get(model)
+        if histogram is None:
+            histogram = self.histograms[model] = JoulesHistogram()
+        histogram.observe(joules, trace_id, end_ns)
+
+    def count_work(self, model: str, tenant: str, usage: Usage) -> None:
+        """Count what was consumed and made."""
         if usage.unit is not None:
             _increase(self.units, (model, tenant, usage.unit), usage.count)
         else:
             _increase(self.tokens, (model, tenant, "input"), usage.input)
             _increase(self.tokens, (model, tenant, "cached_input"), usage.cached_input)
             _increase(self.tokens, (model, tenant, "output"), usage.output)
-        histogram = self.histograms.get(model)
-        if histogram is None:
-            histogram = self.histograms[model] = JoulesHistogram()
-        histogram.observe(joules, trace_id, end_ns)
 
     def tenants(self) -> dict[str, TenantState]:
         """Return the totals of each model and tenant for a journal, by both names joined."""

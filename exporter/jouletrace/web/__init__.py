@@ -1,1 +1,1 @@
-"""The HTTP face of the daemon: metrics, health and the landing page."""
+"""The HTTP face of the daemon: metrics, health and the live monitor."""

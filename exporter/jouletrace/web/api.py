@@ -1,14 +1,10 @@
 """The HTTP interface for records and answers, everything below `/v1/`."""
 
 import asyncio
-import hmac
-import ipaddress
-import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Set
-from functools import lru_cache, partial
+from collections.abc import Awaitable, Callable, Mapping, Set
+from functools import partial
 from typing import Any, Final, Protocol
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import hdrs, web
@@ -22,12 +18,9 @@ from jouletrace.requests.decoding import LineError, RecordDecoder, TooManyRecord
 from jouletrace.requests.inbox import Events, Inbox, Loss, Origin
 from jouletrace.requests.records import RecordError, RecordKind, RequestRecord, Status, check_request
 from jouletrace.web.diagnosis import diagnosis_document
+from jouletrace.web.entrance import BODY_SECONDS, RETRY_SECONDS, Entrance, Problem
 from jouletrace.web.schema import records_schema
 
-BODY_SECONDS: Final = 30.0
-"""A client that has not sent its body by then is sent away."""
-BODIES_BYTES: Final = 64 << 20
-"""All bodies that are being received or decoded together; past it clients are asked to wait."""
 WAIT_SECONDS: Final = 30.0
 """Longest `?wait=`."""
 MAX_WAITING: Final = 4096
@@ -36,9 +29,6 @@ MAX_ERRORS: Final = 20
 """Errors that one answer lists; the rest are only counted."""
 MAX_LISTED: Final = 1000
 """Most requests that `GET /v1/requests` lists."""
-RETRY_SECONDS: Final = 1
-PEERS: Final = 256
-"""Addresses and Host headers of which is remembered whether they are this machine's."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BodyHandler = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]
@@ -98,13 +88,11 @@ class Api:
         self._inbox = inbox
         self._clock = clock
         self._diagnosis = diagnosis
-        self._token = token.encode() if token else None
-        self._max_body_bytes = max_body_bytes
-        self._body_seconds = body_seconds
+        self.entrance = Entrance(token=token, max_body_bytes=max_body_bytes, body_seconds=body_seconds)
+        """Who may come in, and how much at a time; for other routes that take records as well."""
         self.admission = Admission(inbox, self._settled_engines, clock)
         """What is said of records before they are queued; for the sockets as well."""
         self._decoders = {kind: RecordDecoder(kind, max_records=max_records) for kind in RecordKind}
-        self._body_bytes = 0
         self._waiting = 0
 
     def routes(self) -> list[web.RouteDef]:
@@ -131,41 +119,10 @@ class Api:
 
     def _for_the_entitled(self, handler: Handler) -> Handler:
         async def entitled(request: web.Request) -> web.StreamResponse:
-            refusal = self._refusal(request)
-            return await handler(request) if refusal is None else refusal
+            refusal = self.entrance.refusal(request)
+            return await handler(request) if refusal is None else _refused(refusal)
 
         return entitled
-
-    def _refusal(self, request: web.Request) -> web.Response | None:
-        """Return why this client is not answered, None for one that is."""
-        if hdrs.ORIGIN in request.headers:
-            # A page in somebody's browser on this machine would count as a client on this machine.
-            return _problem(403, "Web pages of other origins are not answered here; remove the Origin header.")
-        if self._token is None:
-            if not _is_loopback(request):
-                return _problem(
-                    403,
-                    "Only clients on this machine are answered; set ingest.token_file to let others in, with the "
-                    "token.",
-                )
-            if not names_loopback(request.headers.get(hdrs.HOST, "")):
-                # A page whose name was made to point at this machine (DNS rebinding) sends no Origin with a GET.
-                return _problem(
-                    403,
-                    "The Host header does not name this machine's loopback; ask localhost or 127.0.0.1, or set "
-                    "ingest.token_file and send the token.",
-                )
-            return None
-        scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(
-            given.strip().encode(errors="surrogateescape"), self._token
-        ):
-            return None
-        return _problem(
-            401,
-            "The token is missing or wrong: send the one of ingest.token_file as Authorization: Bearer TOKEN.",
-            {hdrs.WWW_AUTHENTICATE: 'Bearer realm="jouletrace"'},
-        )
 
     # --- records in ---
 
@@ -173,14 +130,14 @@ class Api:
         """Return a handler for the entitled that is given the unpacked body, which counts until it is answered."""
 
         async def answered(request: web.Request) -> web.StreamResponse:
-            content = await self._read(request)
-            if isinstance(content, web.Response):
-                return content
-            self._body_bytes += len(content)
+            body = await self.entrance.read(request)
+            if isinstance(body, Problem):
+                return _refused(body)
+            self.entrance.hold(body)
             try:
-                return await handler(request, content)
+                return await handler(request, body.content)
             finally:
-                self._body_bytes -= len(content)
+                self.entrance.release(body)
 
         return self._for_the_entitled(answered)
 
@@ -252,46 +209,6 @@ class Api:
             return None, [LineError(1, refusal.field, refusal.message, refusal.reason)]
         return record, []
 
-    async def _read(self, request: web.Request) -> bytes | web.Response:
-        """Return the unpacked body, or the answer to a client whose body is refused."""
-        limit = self._max_body_bytes
-        parts: list[bytes] = []
-        size = 0
-        encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
-        if encoding == "identity" and request.content.is_eof():
-            # It came with the headers, as small ones do; waiting for it costs more than decoding it.
-            whole = request.content.read_nowait()
-            return whole if len(whole) <= limit else _too_large(limit)
-        if encoding not in ("identity", "gzip"):
-            return _problem(415, "The body's Content-Encoding is not known here; send it as it is, or with gzip.")
-        packed_body = _Gunzip(limit + 1) if encoding == "gzip" else None
-        try:
-            async with asyncio.timeout(self._body_seconds):
-                async for received in request.content.iter_any():
-                    part = received if packed_body is None else packed_body.unpack(received)
-                    size += len(part)
-                    self._body_bytes += len(part)
-                    parts.append(part)
-                    if size > limit:
-                        return _too_large(limit)
-                    if self._body_bytes > max(BODIES_BYTES, limit):
-                        return _problem(
-                            429,
-                            "Too much is being received at a time; send this again.",
-                            {hdrs.RETRY_AFTER: str(RETRY_SECONDS)},
-                        )
-            if packed_body is not None:
-                packed_body.check_end()
-        except TimeoutError:
-            return _problem(408, f"The body did not come within {self._body_seconds:g} s; send it at once.")
-        except zlib.error:
-            return _problem(
-                400, "The body cannot be unpacked: it is damaged or not gzip, as its Content-Encoding says."
-            )
-        finally:
-            self._body_bytes -= size
-        return b"".join(parts)
-
     # --- answers out ---
 
     async def _get_request(self, request: web.Request) -> web.StreamResponse:
@@ -338,25 +255,6 @@ class Api:
             if answer[name] is not None:
                 answer[name] = self._clock.to_wall(answer[name])
         return answer
-
-
-class _Gunzip:
-    """Unpacks a gzip stream piece by piece, up to a limit: a kilobyte of it can hold a megabyte of nothing."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._left = limit_bytes
-        self._stream = zlib.decompressobj(wbits=31)  # A gzip header and trailer (zlib.h, inflateInit2).
-
-    def unpack(self, packed: bytes) -> bytes:
-        """Return what a piece unpacks to, no more than the limit in all; raises zlib.error."""
-        part = self._stream.decompress(packed, self._left) if self._left else b""
-        self._left -= len(part)
-        return part
-
-    def check_end(self) -> None:
-        """Raise zlib.error when the stream was cut off."""
-        if not self._stream.eof:
-            raise zlib.error("incomplete")
 
 
 def ledger_document(account: LedgerSnapshot, events: Events, clock: Clock) -> dict[str, Any]:
@@ -415,31 +313,6 @@ def _wait_seconds(request: web.Request) -> float | None:
         return None
 
 
-@lru_cache(PEERS)
-def names_loopback(host: str) -> bool:
-    """Return whether a Host header, with or without a port, is localhost or a loopback address."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_loopback(request: web.Request) -> bool:
-    transport = request.transport
-    peer = None if transport is None else transport.get_extra_info("peername")
-    if not isinstance(peer, tuple):
-        return False
-    return _is_loopback_address(str(peer[0]))
-
-
-@lru_cache(PEERS)
-def _is_loopback_address(text: str) -> bool:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
-
-
 def _receipt(
     status: int, accepted: int, dropped: Counter[str], errors: list[LineError], resend_from: int | None = None
 ) -> web.Response:
@@ -451,18 +324,15 @@ def _receipt(
     return _json(receipt, status, headers)
 
 
-def _json(content: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(
         body=msgspec.json.encode(content), status=status, headers=headers, content_type="application/json"
     )
 
 
-def _too_large(limit_bytes: int) -> web.Response:
-    return _problem(
-        413,
-        f"The body is over {limit_bytes >> 20} MiB, unpacked; send it in parts, or raise ingest.max_body_mebibytes.",
-    )
+def _refused(problem: Problem) -> web.Response:
+    return _problem(problem.status, problem.message, problem.headers)
 
 
-def _problem(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+def _problem(status: int, message: str, headers: Mapping[str, str] | None = None) -> web.Response:
     return _json({"error": {"status": status, "message": message}}, status, headers)

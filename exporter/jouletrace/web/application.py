@@ -1,4 +1,4 @@
-"""The aiohttp application: metrics, health, landing page, and how errors look."""
+"""The aiohttp application: metrics, health, the live page, and how errors look."""
 
 import asyncio
 import gzip
@@ -10,11 +10,10 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry
 
-import jouletrace
 from jouletrace.metrics.exposition import render
 from jouletrace.snapshot import NodeSnapshot
 from jouletrace.web.health import Readiness
-from jouletrace.web.landing import CONTENT_SECURITY_POLICY, landing_page
+from jouletrace.web.live.page import LivePage
 
 API_PREFIX = "/v1/"
 """Below this path errors are JSON."""
@@ -104,16 +103,11 @@ def application(
         text = "ready\n" if now.ready else "".join(f"{reason}\n" for reason in now.reasons)
         return web.Response(text=text, status=200 if now.ready else 503)
 
-    async def landing(_: web.Request) -> web.Response:
-        page = landing_page(snapshot(), readiness(), version=jouletrace.__version__, telemetry_path=telemetry_path)
-        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
-        return web.Response(text=page, content_type="text/html", headers=headers)
-
     app = web.Application(middlewares=[errors], client_max_size=max_body_bytes)
     app.router.add_get(telemetry_path, metrics.get)
     app.router.add_get("/-/healthy", healthy)
     app.router.add_get("/-/ready", ready)
-    app.router.add_get("/", landing)
+    app.add_routes(LivePage(snapshot, readiness, telemetry_path).routes())
     app.on_response_prepare.append(_add_headers)
     app.on_cleanup.append(metrics.close)
     return app

@@ -5,19 +5,19 @@ import json
 
 import msgspec
 
-from jouletrace.requests.records import EngineRecord, RequestRecord, StepRecord
+from jouletrace.requests.records import EngineRecord, LoadRecord, RequestRecord, StepRecord
 
 SCHEMA_ID = "https://github.com/jouletrace/jouletrace/blob/main/docs/schema/records.schema.json"
 
 
 @functools.cache
 def records_schema() -> str:
-    """Return the schema as indented JSON: `$defs` has EngineRecord, StepRecord, RequestRecord and their parts.
+    """Return the schema as indented JSON: `$defs` has the record structs of `requests.records` and their parts.
 
     The field `record` is not required by it: it is needed on sockets only, over HTTP the path says what a record is.
     """
     references, definitions = msgspec.json.schema_components(
-        [EngineRecord, StepRecord, RequestRecord], ref_template="#/$defs/{name}"
+        [EngineRecord, StepRecord, RequestRecord, LoadRecord], ref_template="#/$defs/{name}"
     )
     for definition in definitions.values():
         if "record" in definition.get("properties", {}):

@@ -55,10 +55,14 @@ class WebServer:
         self,
         addresses: Sequence[str],
         *,
+        passed: Sequence[socket.socket] = (),
         ssl_context: ssl.SSLContext | None = None,
         keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        """Listen on all addresses (such as `:9841`, `[::1]:9841`) or, raising ListenError, on none."""
+        """Listen on all addresses (such as `:9841`, `[::1]:9841`) or, raising ListenError, on none.
+
+        `passed` are TCP sockets that listen already; they are served, too.
+        """
         await self._runner.setup()
         loop = asyncio.get_running_loop()
         manager = self._runner.server
@@ -79,6 +83,8 @@ class WebServer:
 
         self._secure = ssl_context is not None
         try:
+            for sock in passed:
+                self._servers.append(await loop.create_server(connection, sock=sock, ssl=ssl_context))
             for address in addresses:
                 for sock in await _open(address, self._address_flag):
                     server = await loop.create_server(connection, sock=sock, ssl=ssl_context)

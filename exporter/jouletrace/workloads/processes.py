@@ -1,9 +1,12 @@
 """Processes and their ancestors, from /proc."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 DEEPEST = 64
 """Longest line of ancestors that is followed; containers under containers are about ten deep."""
+LONGEST_COMMAND = 256 << 10
+"""What is read of a process's arguments or environment; Linux allows 128 kB for one argument."""
 
 
 def lineage(pid: int, proc: Path = Path("/proc")) -> list[int]:
@@ -21,4 +24,52 @@ def lineage(pid: int, proc: Path = Path("/proc")) -> list[int]:
         # The name in parentheses may hold anything, parentheses and halves of characters too; the parent is the
         # second word after it.
         pid = int(stat.rpartition(b")")[2].split()[1])
+    return line
+
+
+def command_line(pid: int, proc: Path = Path("/proc")) -> list[str]:
+    """Return a process's arguments, its program first; empty for one that is gone, may not be read, or is the kernel's.
+
+    A process may write its title there instead (vLLM: `VLLM::EngineCore`).
+    """
+    try:
+        with (proc / str(pid) / "cmdline").open("rb") as file:
+            content = file.read(LONGEST_COMMAND)
+    except OSError:
+        return []
+    return content.decode(errors="replace").removesuffix("\0").split("\0") if content else []
+
+
+def environment(pid: int, names: Collection[str], proc: Path = Path("/proc")) -> dict[str, str]:
+    """Return the named ones of the environment variables that a process was started with; others may be secrets."""
+    wanted = {name.encode() for name in names}
+    try:
+        with (proc / str(pid) / "environ").open("rb") as file:
+            pairs = [pair.partition(b"=") for pair in file.read(LONGEST_COMMAND).split(b"\0")]
+    except OSError:
+        return {}
+    return {name.decode(): value.decode(errors="replace") for name, _, value in pairs if name in wanted}
+
+
+def parents(proc: Path = Path("/proc")) -> dict[int, int]:
+    """Return the parent of every process. Takes 15 us for each."""
+    found = {}
+    for folder in proc.iterdir():
+        if folder.name.isdecimal():
+            try:
+                stat = (folder / "stat").read_bytes()
+            except OSError:
+                continue
+            found[int(folder.name)] = int(stat.rpartition(b")")[2].split()[1])
+    return found
+
+
+def family(pid: int, parent_of: Mapping[int, int]) -> list[int]:
+    """Return a process and all that descend from it, parents before children."""
+    children: dict[int, list[int]] = {}
+    for child, parent in parent_of.items():
+        children.setdefault(parent, []).append(child)
+    line = [pid]
+    for one in line:
+        line.extend(children.pop(one, ()))
     return line

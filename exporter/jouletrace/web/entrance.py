@@ -1,0 +1,202 @@
+"""Who may send records, and what they send: the rules of every way in over HTTP."""
+
+import asyncio
+import hmac
+import ipaddress
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+from urllib.parse import urlsplit
+
+from aiohttp import hdrs, web
+
+BODY_SECONDS: Final = 30.0
+"""A client that has not sent its body by then is sent away."""
+BODIES_BYTES: Final = 64 << 20
+"""All bodies that are being received or decoded together; past it clients are asked to wait."""
+RETRY_SECONDS: Final = 1
+PEERS: Final = 256
+"""Addresses and Host headers of which is remembered whether they are this machine's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a client is not served: the HTTP status and a sentence for whoever runs it."""
+
+    status: int
+    message: str
+    headers: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a client sent."""
+
+    content: bytes
+    """Unpacked."""
+    sent: bytes
+    """As it came over the wire; empty for a packed body that nobody asked to keep so."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes in memory."""
+        return len(self.content) if self.sent is self.content else len(self.content) + len(self.sent)
+
+
+class Entrance:
+    """Lets clients on this machine in and those with the token, nobody else, and takes their bodies.
+
+    What a tenant uses is nobody else's business, and records decide who pays.
+    """
+
+    def __init__(self, *, token: str | None, max_body_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
+        self._token = token.encode() if token else None
+        self.max_body_bytes = max_body_bytes
+        self._body_seconds = body_seconds
+        self._body_bytes = 0
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether clients must send a token."""
+        return self._token is not None
+
+    def refusal(self, request: web.Request) -> Problem | None:
+        """Return why this client is not served, None for one that is."""
+        if hdrs.ORIGIN in request.headers:
+            # A page in somebody's browser on this machine would count as a client on this machine.
+            return Problem(403, "Web pages of other origins are not answered here; remove the Origin header.")
+        transport = request.transport
+        peer = None if transport is None else transport.get_extra_info("peername")
+        refusal = self.stranger(
+            str(peer[0]) if isinstance(peer, tuple) else "", request.headers.get(hdrs.AUTHORIZATION, "")
+        )
+        if refusal is None and self._token is None and not names_loopback(request.headers.get(hdrs.HOST, "")):
+            # A page whose name was made to point at this machine (DNS rebinding) sends no Origin with a GET.
+            return Problem(
+                403,
+                "The Host header does not name this machine's loopback; ask localhost or 127.0.0.1, or set "
+                "ingest.token_file and send the token.",
+            )
+        return refusal
+
+    def stranger(self, address: str, authorization: str) -> Problem | None:
+        """Return why a client from this address with this Authorization is not served, None for one that is."""
+        if self._token is None:
+            if is_loopback(address):
+                return None
+            return Problem(
+                403,
+                "Only clients on this machine are answered; set ingest.token_file to let others in, with the token.",
+            )
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(
+            given.strip().encode(errors="surrogateescape"), self._token
+        ):
+            return None
+        return Problem(
+            401,
+            "The token is missing or wrong: send the one of ingest.token_file as Authorization: Bearer TOKEN.",
+            {hdrs.WWW_AUTHENTICATE: 'Bearer realm="jouletrace"'},
+        )
+
+    def hold(self, body: Body) -> None:
+        """Count a body as being dealt with; `release` must follow."""
+        self._body_bytes += body.held_bytes
+
+    def release(self, body: Body) -> None:
+        """Give its room back."""
+        self._body_bytes -= body.held_bytes
+
+    async def read(self, request: web.Request, *, keep_sent: bool = False) -> Body | Problem:
+        """Return the body, or why it is refused. `keep_sent`: whether a packed one is wanted as it came, too."""
+        limit = self.max_body_bytes
+        parts: list[bytes] = []
+        sent: list[bytes] = []
+        size = held = 0
+        encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+        if encoding == "identity" and request.content.is_eof():
+            # It came with the headers, as small ones do; waiting for it costs more than decoding it.
+            whole = request.content.read_nowait()
+            return Body(whole, whole) if len(whole) <= limit else _too_large(limit)
+        if encoding not in ("identity", "gzip"):
+            return Problem(415, "The body's Content-Encoding is not known here; send it as it is, or with gzip.")
+        packed_body = _Gunzip(limit + 1) if encoding == "gzip" else None
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                async for received in request.content.iter_any():
+                    part = received if packed_body is None else packed_body.unpack(received)
+                    size += len(part)
+                    parts.append(part)
+                    more = len(part)
+                    if packed_body is not None and keep_sent:
+                        sent.append(received)
+                        more += len(received)
+                    self._body_bytes += more
+                    held += more
+                    if size > limit:
+                        return _too_large(limit)
+                    if self._body_bytes > max(BODIES_BYTES, limit):
+                        return Problem(
+                            429,
+                            "Too much is being received at a time; send this again.",
+                            {hdrs.RETRY_AFTER: str(RETRY_SECONDS)},
+                        )
+            if packed_body is not None:
+                packed_body.check_end()
+        except TimeoutError:
+            return Problem(408, f"The body did not come within {self._body_seconds:g} s; send it at once.")
+        except zlib.error:
+            return Problem(400, "The body cannot be unpacked: it is damaged or not gzip, as its Content-Encoding says.")
+        finally:
+            self._body_bytes -= held
+        content = b"".join(parts)
+        return Body(content, content if packed_body is None else b"".join(sent))
+
+
+class _Gunzip:
+    """Unpacks a gzip stream piece by piece, up to a limit: a kilobyte of it can hold a megabyte of nothing."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._left = limit_bytes
+        self._stream = zlib.decompressobj(wbits=31)  # A gzip header and trailer (zlib.h, inflateInit2).
+
+    def unpack(self, packed: bytes) -> bytes:
+        """Return what a piece unpacks to, no more than the limit in all; raises zlib.error."""
+        part = self._stream.decompress(packed, self._left) if self._left else b""
+        self._left -= len(part)
+        return part
+
+    def check_end(self) -> None:
+        """Raise zlib.error when the stream was cut off."""
+        if not self._stream.eof:
+            raise zlib.error("incomplete")
+
+
+@lru_cache(PEERS)
+def names_loopback(host: str) -> bool:
+    """Return whether a Host header, with or without a port, is localhost or a loopback address."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+@lru_cache(PEERS)
+def is_loopback(address: str) -> bool:
+    """Return whether an IP address, with or without a zone, is this machine's loopback; empty is not."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return bool((mapped or parsed).is_loopback)
+
+
+def _too_large(limit_bytes: int) -> Problem:
+    return Problem(
+        413,
+        f"The body is over {limit_bytes >> 20} MiB, unpacked; send it in parts, or raise ingest.max_body_mebibytes.",
+    )
