@@ -19,6 +19,7 @@ from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
 from jouletrace.diagnosis.service import DiagnosisService
 from jouletrace.energy.baseline import QUIET_ACTIVITY
 from jouletrace.engines.discovery import Discovery
+from jouletrace.engines.feeds import Feed, feeds_of
 from jouletrace.engines.otlp.receiver import OtlpReceiver
 from jouletrace.engines.otlp.tee import TeeCounts
 from jouletrace.engines.scraping import EngineScraper, target_of
@@ -157,6 +158,7 @@ class Accounting:
             discover=Discovery(self._holders).targets if config.engines.discover else None,
             known=lambda: self._ledger.engines,
         )
+        self._feeds = feeds_of(config.engines.targets, self._inbox)
         self._serving: list[asyncio.Task[None]] = []
 
     @property
@@ -195,9 +197,9 @@ class Accounting:
         return [*self._api.routes(), *self._otlp.routes()]
 
     async def start(self, on_end: Callable[[BaseException], None], passed: PassedSockets) -> None:
-        """Open the sockets and begin to settle; raises SocketError and ListenError. `on_end` hears of a service that died.
+        """Open the sockets and begin to settle; raises SocketError and ListenError.
 
-        A socket that systemd has opened stands in for the configured one.
+        `on_end` hears of a service that died. A socket that systemd has opened stands in for the configured one.
         """
         ingest = self._config.ingest
         mode = MODES[ingest.socket_access]
@@ -217,7 +219,8 @@ class Accounting:
             if failure is not None:
                 on_end(failure)
 
-        for service in (self._service, self._diagnosis, self._scraper):
+        services: list[Feed] = [self._service, self._diagnosis, self._scraper, *self._feeds]
+        for service in services:
             task = asyncio.create_task(service.run())
             task.add_done_callback(ended)
             self._serving.append(task)

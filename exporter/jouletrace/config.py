@@ -343,6 +343,12 @@ class EngineTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     engine_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     gpu_uuids: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
     metrics_path: Annotated[str, Meta(pattern=r"^/\S*$", max_length=256)] | None = None
+    models: Annotated[tuple[str, ...], Meta(max_length=256)] = ()
+    """What it serves, where neither its page nor its files say so."""
+    forward_pass: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    """ZeroMQ endpoints of its forward-pass metrics, one for each data-parallel rank."""
+    request_log: Annotated[str, Meta(pattern=r"^/", max_length=4096)] | None = None
+    """Folder of SGLang's request files."""
 
 
 class _EngineTarget(Form):
@@ -351,9 +357,7 @@ class _EngineTarget(Form):
     metavar = "URL"
 
     def read(self, raw: object) -> object:
-        mend = (
-            "write a URL such as http://127.0.0.1:8000, or in the file url, kind, engine_id, gpu_uuids and metrics_path"
-        )
+        mend = f"write {self.allowed(Meta())}"
         if not isinstance(raw, str | dict):
             raise _RefusedError("is not an engine", mend)
         try:
@@ -370,7 +374,8 @@ class _EngineTarget(Form):
         )
 
     def allowed(self, meta: Meta) -> str:
-        return "URLs such as http://127.0.0.1:8000, or mappings of url, kind, engine_id, gpu_uuids and metrics_path"
+        fields = ", ".join(EngineTarget.__struct_fields__)
+        return f"URLs such as http://127.0.0.1:8000, or in the file mappings of {fields}"
 
 
 Duration = Annotated[float, _Duration()]
@@ -579,7 +584,9 @@ class Engines(Section, frozen=True):
         _List(_EngineTarget()),
         Meta(
             description="Engines on this machine's GPUs that are read though nobody finds them; in the file an item "
-            "may also be a mapping that says its GPUs (`gpu_uuids`), its `kind`, `engine_id` and `metrics_path`."
+            "may also be a mapping that says its GPUs (`gpu_uuids`), its `kind`, `engine_id`, `models` and "
+            "`metrics_path`, the ZeroMQ endpoints of its forward-pass metrics (`forward_pass`) and the folder of "
+            "SGLang's request files (`request_log`)."
         ),
     ] = ()
 

@@ -22,6 +22,8 @@ class Origin(StrEnum):
     DATAGRAM = "datagram"
     OTLP = "otlp"
     SCRAPE = "scrape"
+    FORWARD_PASS = "forward_pass"
+    REQUEST_LOG = "request_log"
 
 
 class Loss(StrEnum):
