@@ -137,15 +137,17 @@ class Model:
 
 
 @dataclass
-class _Sequence:
+class Sequence:
+    """A request on its way through the batch; lengths in tokens."""
+
     request_id: str
     prompt: int
-    prompt_left: int
     output: int
+    prompt_left: int = field(init=False)
     output_left: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.output_left = self.output
+        self.prompt_left, self.output_left = self.prompt, self.output
 
 
 class Engine:
@@ -211,23 +213,27 @@ class Engine:
         while at < seconds:
             at += rng.expovariate(rate)
             arrivals.append((at, rng.choice(PROMPTS), rng.choice(OUTPUTS), rng.choice(TENANTS)))
-        waiting: list[_Sequence] = []
-        running: list[_Sequence] = []
+        waiting: list[Sequence] = []
+        running: list[Sequence] = []
         begin, number = time.perf_counter(), 0
         while arrivals or waiting or running:
             now = time.perf_counter() - begin
             while arrivals and arrivals[0][0] <= now:
                 _, prompt, output, tenant = arrivals.pop(0)
                 number += 1
-                sequence = _Sequence(f"{prefix}-{number}", prompt, prompt, output)
+                sequence = Sequence(f"{prefix}-{number}", prompt, output)
                 report("start", {"id": sequence.request_id, "t_ns": time.time_ns(), "tenant": tenant, "prompt": prompt})
                 waiting.append(sequence)
             if not waiting and not running:
                 time.sleep(0.001)
                 continue
-            self._one_step(waiting, running, bool(arrivals), report)
+            self.serve_step(waiting, running, bool(arrivals), report)
 
-    def _one_step(self, waiting: list[_Sequence], running: list[_Sequence], more: bool, report: Report) -> None:
+    def serve_step(self, waiting: list[Sequence], running: list[Sequence], more: bool, report: Report) -> None:
+        """Run a step of what waits and runs, moving sequences on; with `more` to come, a single one.
+
+        Reports the `step`, then each `first_token` and `end`, by request id and time.
+        """
         decoding = running[: BUCKETS[-1]]
         bucket = next(size for size in BUCKETS if size >= len(decoding))
         filling = waiting[0] if waiting and len(running) < BUCKETS[-1] else None
@@ -247,14 +253,21 @@ class Engine:
             sequence.output_left -= times
             if sequence.output_left <= 0:
                 running.remove(sequence)
-                report("end", {"id": sequence.request_id, "t_ns": end_ns, "output": sequence.output})
+                _report_end(sequence, end_ns, report)
         if filling:
             filling.prompt_left -= CHUNK
             if filling.prompt_left <= 0:
                 waiting.pop(0)
                 filling.output_left -= 1
-                running.append(filling)
                 report("first_token", {"id": filling.request_id, "t_ns": end_ns})
+                if filling.output_left > 0:
+                    running.append(filling)
+                else:
+                    _report_end(filling, end_ns, report)
+
+
+def _report_end(sequence: Sequence, end_ns: int, report: Report) -> None:
+    report("end", {"id": sequence.request_id, "t_ns": end_ns, "output": sequence.output})
 
 
 def started() -> Engine:
