@@ -40,8 +40,8 @@ def manual_page() -> str:
         ".SH NAME",
         "jouletrace.yml \\- configuration of jouletrace(1)",
         ".SH DESCRIPTION",
-        "A YAML file that \\fB\\-\\-config.file\\fR names. Everything has a default. Environment variables are over the "
-        "file and flags over both: \\fBlog.level\\fR is \\fBJOULETRACE_LOG_LEVEL\\fR and \\fB\\-\\-log.level\\fR.",
+        "A YAML file that \\fB\\-\\-config.file\\fR names. Everything has a default. Environment variables are over "
+        "the file and flags over both: \\fBlog.level\\fR is \\fBJOULETRACE_LOG_LEVEL\\fR and \\fB\\-\\-log.level\\fR.",
         "Durations are written as 500ms, 10s, 1m30s or 2h. What is unknown, set twice or impossible is refused.",
     ]
     section = None

@@ -3,7 +3,11 @@
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # dashboards/ and tests/ are not installed
+
 from config_pages import example_file, manual_page
+from dashboards.reference import reference_markdown as dashboards
+from sizing import sizing_markdown
 
 from jouletrace.config import reference_markdown as configuration
 from jouletrace.metrics.names import reference_markdown as metrics
@@ -12,7 +16,9 @@ from jouletrace.web.schema import records_schema
 DOCS = Path(__file__).parent
 PAGES = {
     "configuration.md": configuration,
+    "dashboards.md": dashboards,
     "metrics.md": metrics,
+    "sizing.md": sizing_markdown,
     "schema/records.schema.json": records_schema,
     "man/jouletrace.yml.5": manual_page,
     "../deploy/deb/jouletrace.yml": example_file,

@@ -90,6 +90,9 @@ class EngineTotals:
     settled_ns: int = 0
     busy_joules: float = 0.0
     """Of all its devices while its requests were active, and of work that nobody claimed."""
+    unclaimed_joules: float = 0.0
+    """The part of `busy_joules` for whose time no request, step or counter is known: another process, or a feed that
+    does not tell. The only total that may fall: a request that is told late claims its part."""
     idle_joules: float = 0.0
     """Its part of the parked energy of the devices that it holds."""
     prefill_joules: float = 0.0
@@ -109,6 +112,11 @@ class EngineTotals:
     """Sum over the steps of the decoding sequences in each: their output tokens."""
     step_kv_tokens: float = 0.0
     """Sum over the steps of the KV tokens read, where the records tell; 0 where none does."""
+    ended_requests: float = 0.0
+    """Requests that ended and are settled; 0 of an engine that only its own counters tell of."""
+    made_joules: float = 0.0
+    """What `output_tokens`, `input_tokens` and `units` took, whenever that was: of requests that ended, their whole
+    energy."""
     output_tokens: float = 0.0
     """Of requests that ended."""
     input_tokens: float = 0.0

@@ -393,18 +393,32 @@ class Engine:
         self.busy_joules += joules
         self.totals = replace(self.totals, busy_joules=self.totals.busy_joules + joules)
 
+    def use_untold(self, joules: float) -> None:
+        """Count busy energy of time in which nothing is known of its requests."""
+        self.use(joules)
+        self.totals = replace(self.totals, unclaimed_joules=self.totals.unclaimed_joules + joules)
+
+    def note_claimed(self, joules: float) -> None:
+        """Count such energy as that of somebody who was told late."""
+        self.totals = replace(self.totals, unclaimed_joules=max(0.0, self.totals.unclaimed_joules - joules))
+
     def bear_idle(self, joules: float) -> None:
         """Count its part of the idle energy of the devices that it holds."""
         self.totals = replace(self.totals, idle_joules=self.totals.idle_joules + joules)
 
-    def count_ended(self, usages: Sequence[Usage]) -> None:
-        """Count what requests that are settled consumed and produced."""
+    def count_ended(self, usages: Sequence[Usage], joules: float, *, requests: int) -> None:
+        """Count what requests that are settled, or all of them by the engine's counters, consumed and produced.
+
+        `joules` is what that took, `requests` how many ended (0 for what only counters tell).
+        """
         units = dict(self.totals.units)
         for usage in usages:
             if usage.unit is not None:
                 units[usage.unit] = units.get(usage.unit, 0.0) + usage.count
         self.totals = replace(
             self.totals,
+            ended_requests=self.totals.ended_requests + requests,
+            made_joules=self.totals.made_joules + joules,
             output_tokens=self.totals.output_tokens + sum(usage.output for usage in usages),
             input_tokens=self.totals.input_tokens + sum(usage.input for usage in usages),
             units=units,
@@ -433,7 +447,7 @@ class Engine:
     def _book_loads(self, seen: Seen, edges: Int64s, joules: Float64s) -> None:
         """Let energy wait of which only the counters know: a request that is told yet takes its part."""
         at = seen.by_loads
-        self.unclaimed.append_unknown(edges[:-1][at], edges[1:][at], joules[at])
+        self.unclaimed.append_unknown(edges[:-1][at], edges[1:][at], joules[at], told=True)
         seconds = float(np.diff(edges)[at] @ seen.running[at]) / 1e9
         self.totals = replace(self.totals, sequence_seconds=self.totals.sequence_seconds + seconds)
 
@@ -601,6 +615,7 @@ class Engine:
         prompt_until = np.minimum(first, until_ns)
         prompt = (done < prompt_until) & ((first <= until_ns) if whole else (start < prompt_until))
         tokens = table.tokens[slots]
+        untold = self.unclaimed.untold_joules
         shares = self.unclaimed.claim(
             decode_from_ns=decode_from,
             decode_until_ns=np.maximum(end, decode_from),
@@ -609,6 +624,7 @@ class Engine:
             prompt_tokens=np.where(np.isnan(tokens), self.typical_prompt, tokens),
             law=self.law,
         )
+        self.note_claimed(untold - self.unclaimed.untold_joules)
         table.add(shares, slots)
         if not self.counting:
             # Of counted steps the phases are known, and counted, before anybody claims them.

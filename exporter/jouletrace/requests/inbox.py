@@ -22,7 +22,7 @@ class Origin(StrEnum):
     DATAGRAM = "datagram"
     OTLP = "otlp"
     SCRAPE = "scrape"
-    FORWARD_PASS = "forward_pass"
+    FORWARD_PASS = "forward_pass"  # noqa: S105 - no password
     REQUEST_LOG = "request_log"
 
 

@@ -27,6 +27,7 @@ from jouletrace.requests.bounds import edge_errors, methods
 from jouletrace.requests.devices import Bools, DeviceView, HeldHistory, TimeShares, slack
 from jouletrace.requests.downtime import Counters
 from jouletrace.requests.engine import SILENT_NS, STEP_PATIENCE_NS, UNCLAIMED_NS, Engine, Plan, Seen
+from jouletrace.requests.estimate import unsettled_joules
 from jouletrace.requests.inflight import NO_ACCOUNT, NOBODY, Inference, InFlight
 from jouletrace.requests.intake import FUTURE_NS, Intake
 from jouletrace.requests.law import LawBook
@@ -335,17 +336,21 @@ class Ledger:
             told_ns = loads[-1].end_ns if loads and shares else 0
             before_ns = max(told_ns, before_ns - (STEP_PATIENCE_NS if shares else UNCLAIMED_NS))
         # The moment itself included, so that energy and loads that end together go together.
+        untold = engine.unclaimed.untold_joules
         joules = engine.unclaimed.expire(before_ns + 1)
         engine.count_shares(joules, shares)
-        if not shares:
+        if shares:
+            engine.note_claimed(untold - engine.unclaimed.untold_joules)
+        else:
             self._lose(engine, joules)
         for share in shares:
             number = np.array([self._accounts.number(share.model, "", engine.engine_id)])
             self._accounts.add(number, np.array([joules * share.prefill]), np.array([joules * share.decode]))
-        for part in (part for load in loads for part in load.models):
+        parts = [part for load in loads for part in load.models]
+        for part in parts:
             model, tenant, _ = self._accounts.keys[self._accounts.number(part.model, "", engine.engine_id)]
             self._tally.count_work(model, tenant, part.usage)
-            engine.count_ended([part.usage])
+        engine.count_ended([part.usage for part in parts], joules if shares else 0.0, requests=0)
 
     def _lose_nobodys(self, engines: Sequence[Engine]) -> None:
         """Book what the table's slot for nobody collected while these engines were settled as unattributed."""
@@ -432,7 +437,7 @@ class Ledger:
         for engine, given, silent in zip(owners, found.given, found.silent, strict=True):
             _note(engine, uuid, float(given.sum()))
             if silent > 0:
-                engine.use(silent)
+                engine.use_untold(silent)
                 engine.lost_joules += silent
                 self._unattributed[uuid] = self._unattributed.get(uuid, 0.0) + silent
         self._book_rest(uuid, found.left, found.worked, edges, owners)
@@ -446,14 +451,14 @@ class Ledger:
         work = float(left[worked].sum())
         if len(engines) == 1 and work > 0:
             engine = engines[0]
-            engine.use(work)
+            engine.use_untold(work)
             _note(engine, uuid, work)
             rows = worked & (left > 0)
-            engine.unclaimed.append_unknown(edges[:-1][rows], edges[1:][rows], left[rows])
+            engine.unclaimed.append_unknown(edges[:-1][rows], edges[1:][rows], left[rows], told=False)
         elif work > 0:
             self._unattributed[uuid] = self._unattributed.get(uuid, 0.0) + work
             for engine in engines:
-                engine.use(work / len(engines))
+                engine.use_untold(work / len(engines))
                 engine.lost_joules += work / len(engines)
         held = self._held[uuid].at((edges[:-1] + edges[1:]) // 2, unknown=bool(engines))
         for kind, chosen in ((IdleKind.PARKED, held & ~worked), (IdleKind.BARE, ~held & ~worked)):
@@ -557,7 +562,8 @@ class Ledger:
         for number in np.unique(table.engine[slots]).tolist():
             mine = np.flatnonzero(table.engine[slots] == number)
             self._by_number[number].learn_scale(table, slots[mine], output[mine])
-            self._by_number[number].count_ended([inferences[row].usage for row in mine.tolist()])
+            usages = [inferences[row].usage for row in mine.tolist()]
+            self._by_number[number].count_ended(usages, float(joules[mine].sum()), requests=len(usages))
         for inference in inferences:
             self._intake.forget(self._by_number[inference.engine], inference)
         table.release(slots)
@@ -627,7 +633,7 @@ class Ledger:
         """Return a request's joules: final once its end is settled, else an estimate; None when it is not known.
 
         Without an engine id the newest request of that id on any engine. Up to the horizon an estimate holds what
-        was measured, behind it the engine's last power per sequence and energy per prompt token.
+        was measured, behind it a part of the energy since then (`estimate`).
         """
         request_id = joined_id(request_id)
         engines = self._by_number if engine_id is None else [e for e in self._by_number if e.engine_id == engine_id]
@@ -658,17 +664,11 @@ class Ledger:
     def _provisional(self, engine: Engine, inference: Inference) -> RequestEnergy:
         table = self._table
         slot = np.array([inference.slot])
-        start_ns, first_ns, end_ns = (
-            int(column[inference.slot]) for column in (table.start_ns, table.first_token_ns, table.end_ns)
-        )
+        start_ns, end_ns = int(table.start_ns[inference.slot]), int(table.end_ns[inference.slot])
         values = {name: float(getattr(table, name)[inference.slot]) for name in FLOATS[:4]}
         measured = sum(values.values())
-        decoding_ns = min(end_ns, self._now_ns) - max(first_ns, engine.settled_ns)
-        decode = engine.sequence_watts * max(0, decoding_ns) / 1e9
-        prefill = 0.0
-        if first_ns > engine.settled_ns and measured == 0:
-            tokens = float(table.tokens[inference.slot])
-            prefill = engine.token_joules * (engine.typical_prompt if np.isnan(tokens) else tokens)
+        timelines = [view.timeline for view in self._views_of(engine)]
+        prefill, decode = unsettled_joules(engine, table, inference.slot, timelines, self._now_ns)
         # The estimate's parts by the law's proportion in a typical batch are not known: it counts as marginal.
         values["decode_marginal"] += decode
         values["prefill_marginal"] += prefill

@@ -25,6 +25,7 @@ _COLUMNS = (
     "token_marginal_each",
     "shared",
     "unopened_joules",
+    "untold",
 )
 MOST_ROWS = 65_536
 """5 minutes of 200 steps a second; beyond it the oldest rows expire early. 6 MB."""
@@ -39,6 +40,8 @@ class Unclaimed:
         self._columns = {name: np.empty(0) for name in _COLUMNS}
         self.joules = 0.0
         """What still waits."""
+        self.untold_joules = 0.0
+        """The part of it for whose time nothing at all is known of the engine."""
 
     def __len__(self) -> int:
         return len(self._end_ns)
@@ -48,9 +51,17 @@ class Unclaimed:
         """The middle of the oldest row; a claim that ends before it finds nothing."""
         return int(self._middle_ns[0]) if len(self) else 2**62
 
-    def append_unknown(self, start_ns: Int64s, end_ns: Int64s, joules: Float64s) -> None:
-        """Add time (shape (n,)) in which the GPU used `joules` while no request was known."""
-        self._append(start_ns, end_ns, float(joules.sum()), shared=np.ones(len(joules)), unopened_joules=joules)
+    def append_unknown(self, start_ns: Int64s, end_ns: Int64s, joules: Float64s, *, told: bool) -> None:
+        """Add time (shape (n,)) in which the GPU used `joules` while no request was known.
+
+        `told`: whether the engine's own counters say that it worked then.
+        """
+        ones = np.ones(len(joules))
+        total = float(joules.sum())
+        self._append(
+            start_ns, end_ns, total, shared=ones, unopened_joules=joules, untold=np.zeros(len(joules)) if told else ones
+        )
+        self.untold_joules += 0.0 if told else total
 
     def append_steps(
         self,
@@ -134,6 +145,8 @@ class Unclaimed:
         left = rows["sequences"] - rows["sequences_claimed"]
         given = np.clip(np.divide(left, claimants, out=np.zeros(high - low), where=claimants > 0), 0.0, 1.0)
         rows["sequences_claimed"] += given * claimants
+        each = rows["decode_fixed_each"] + rows["decode_marginal_each"]
+        self.untold_joules = max(0.0, self.untold_joules - float((given * claimants * each) @ rows["untold"]))
         fixed = _curve(rows["decode_fixed_each"] * given)
         marginal = _curve(rows["decode_marginal_each"] * given)
         prompt_fixed = _curve(np.where(shared, rows["decode_fixed_each"] * given, 0.0))
@@ -169,19 +182,23 @@ class Unclaimed:
         self._end_ns, self._middle_ns = self._end_ns[gone:], self._middle_ns[gone:]
         for name in _COLUMNS:
             self._columns[name] = self._columns[name][gone:]
-        left = max(0.0, self._held())
+        held = self._held()
+        left = max(0.0, float(held.sum()))
+        self.untold_joules = max(0.0, float(held @ self._columns["untold"]))
         # What remains is summed anew, so that rounding does not build up and nothing is lost with it.
         expired = max(0.0, self.joules - left)
         self.joules -= expired
         return expired
 
-    def _held(self) -> float:
+    def _held(self) -> Float64s:
+        """Return what each row still holds."""
         rows = self._columns
         sequences = rows["sequences"] - rows["sequences_claimed"]
         each = rows["decode_fixed_each"] + rows["decode_marginal_each"]
         tokens = rows["tokens"] - rows["tokens_claimed"]
         token_each = rows["token_fixed_each"] + rows["token_marginal_each"]
-        return float((sequences * each + tokens * token_each + rows["unopened_joules"]).sum())
+        held: Float64s = sequences * each + tokens * token_each + rows["unopened_joules"]
+        return held
 
 
 def _open(rows: dict[str, Float64s], claimants: Float64s, law: Law) -> None:
