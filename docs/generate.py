@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # dashboards/ and tests/ are not installed
 
+from alerts import reference_markdown as alerts
 from config_pages import example_file, manual_page
 from dashboards.reference import reference_markdown as dashboards
 from sizing import sizing_markdown
@@ -15,6 +16,7 @@ from jouletrace.web.schema import records_schema
 
 DOCS = Path(__file__).parent
 PAGES = {
+    "alerts.md": alerts,
     "configuration.md": configuration,
     "dashboards.md": dashboards,
     "metrics.md": metrics,

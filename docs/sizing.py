@@ -8,8 +8,8 @@ GPUS, MODELS, TENANTS = 8, 20, 50
 FLEET_GPUS = 10_000
 SCRAPE_SECONDS = 15
 USUAL_MODELS, USUAL_TENANTS = 2, 10
-BYTES_PER_SAMPLE = 1.1
-"""On disk, measured by tests/benchmarks/dashboards.py."""
+BYTES_PER_SAMPLE = 6.3
+"""On disk, measured by tests/benchmarks/dashboards.py, where every value moves at every scrape: an upper bound."""
 PROCESS_SERIES = 6
 """What prometheus_client says of the process."""
 
@@ -59,8 +59,9 @@ Xid, a dropped record) has none until they do.
 
 ## {FLEET_GPUS:,} GPUs
 
-{nodes:,} nodes of {GPUS} GPUs, scraped each {SCRAPE_SECONDS} s. Disk at {BYTES_PER_SAMPLE} bytes a sample, as measured with
-these metrics; memory of the server at 4 KiB a series, a rule of thumb.
+{nodes:,} nodes of {GPUS} GPUs, scraped each {SCRAPE_SECONDS} s. Disk at {BYTES_PER_SAMPLE} bytes a sample,
+measured with these metrics while every value moved at every scrape (values that stand still take next to nothing);
+memory of the server at 4 KiB a series, a rule of thumb.
 
 | each node has | series a node | series in all | samples/s | disk a day | memory |
 |---|---|---|---|---|---|
@@ -68,8 +69,8 @@ these metrics; memory of the server at 4 KiB a series, a rule of thumb.
 | {MODELS} models, {TENANTS} tenants | {total:,} | {_fleet(total, nodes)} |
 
 One Prometheus takes the first row. The second wants shards by node, a scrape each 60 s, or fewer tenants with a series
-of their own. Either way a board of the whole fleet should read the recording rules of `deploy/prometheus/`, whose series
-do not grow with the number of GPUs, and the raw series one node at a time.
+of their own. Either way a board of the whole fleet should read the recording rules of `deploy/prometheus/`, whose
+series do not grow with the number of GPUs, and the raw series one node at a time.
 """
 
 

@@ -152,6 +152,7 @@ def diagnosis_snapshot() -> DiagnosisSnapshot:
         driver_watts=dict.fromkeys(Driver, 71.875),
         driver_confidence=1.0,
         driver_joules={driver: 1000.5 * (place + 1) for place, driver in enumerate(Driver)},
+        booked_ns=NOW_NS - SECOND_NS,
         verdict_seconds={verdict: 10.25 * (place + 1) for place, verdict in enumerate(Verdict)},
         verdict_joules={verdict: 4000.5 * (place + 1) for place, verdict in enumerate(Verdict)},
         flag_seconds={flag: 2.5 * (place + 1) for place, flag in enumerate(Flag)},

@@ -1,16 +1,26 @@
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tests.ledger_driver import Timed, tell, views
+from tests.step_simulator import START_NS as LEDGER_NS
 
+from jouletrace.diagnosis.causes import Cause, EngineDiagnosis
 from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
 from jouletrace.diagnosis.verdicts import Flag, Verdict
 from jouletrace.diagnosis.waste import WasteCause
+from jouletrace.energy.timeline import Timeline
 from jouletrace.gpu.replay import Course, ReplaySource
 from jouletrace.gpu.sampler import Intervals, Sampler
 from jouletrace.requests.account import EngineState, EngineTotals, LedgerSnapshot
+from jouletrace.requests.devices import BusyTrack
 from jouletrace.requests.law import LawBook
+from jouletrace.requests.ledger import Ledger, Limits
+from jouletrace.requests.records import EngineRecord, RequestRecord, Status, Usage
 from jouletrace.trace.analyze import phases_of
 from jouletrace.trace.recording import read
 
@@ -53,10 +63,12 @@ class Replayed:
         assert self.source.course is not None
         self.course: Course = self.source.course
 
-    def run(self, until_ns: int, account: LedgerSnapshot | None = None) -> list[DiagnosisSnapshot]:
+    def run(
+        self, until_ns: int, account: LedgerSnapshot | None = None, *, every_ns: int = S
+    ) -> list[DiagnosisSnapshot]:
         seen = []
         while self.clock.t_ns < until_ns:
-            second_ns = min(self.clock.t_ns + S, until_ns)
+            second_ns = min(self.clock.t_ns + every_ns, until_ns)
             while self.clock.t_ns < second_ns:
                 self.clock.t_ns = min(self.sampler.run_due(), second_ns)
             self.sampler.run_due()
@@ -83,13 +95,39 @@ def test_joules_by_driver_and_by_verdict_are_the_device_joules(
     [live] = node.sampler.live_devices()
     diagnosed = live.timeline.joules - live.timeline.window(found.end_ns, live.timeline.end_ns).joules
     assert sum(found.driver_joules.values()) == pytest.approx(diagnosed, rel=1e-9)
-    assert sum(found.verdict_joules.values()) == pytest.approx(diagnosed, rel=1e-9)
-    assert sum(found.verdict_seconds.values()) == pytest.approx((found.end_ns - live.timeline.start_ns) / S, rel=1e-9)
     assert diagnosed == pytest.approx(120_000, rel=0.1)
+    for one in (one.devices[0] for one in seen if one.devices):
+        booked = live.timeline.window(live.timeline.start_ns, one.booked_ns)
+        assert sum(one.verdict_joules.values()) == pytest.approx(booked.joules, rel=1e-9)
+        assert sum(one.verdict_seconds.values()) == pytest.approx(booked.covered_ns / S, rel=1e-9)
+        # A change that is under way: 4.5 s at most, and a span.
+        assert one.end_ns - 6 * S < one.booked_ns <= one.end_ns
+    assert {one.devices[0].end_ns - one.devices[0].booked_ns for one in seen if one.devices} != {0}
     for joules in zip(*(one.devices[0].driver_joules.values() for one in seen if one.devices), strict=True):
         assert list(joules) == sorted(joules)
 
 
+def test_energy_is_booked_under_the_verdict_of_its_own_time(
+    whole: tuple[Replayed, list[DiagnosisSnapshot]],
+) -> None:
+    [found] = whole[1][-1].devices
+    watts = {verdict: found.verdict_joules[verdict] / found.verdict_seconds[verdict] for verdict in EXPECTED_WATTS}
+    assert watts == pytest.approx(EXPECTED_WATTS, rel=0.05)
+
+
+def test_verdicts_do_not_depend_on_how_often_they_are_looked_for(
+    whole: tuple[Replayed, list[DiagnosisSnapshot]],
+) -> None:
+    node = Replayed()
+    [found] = node.run(node.course.to_replay(node.course.end_ns) - S, every_ns=5 * S)[-1].devices
+    [often] = whole[1][-1].devices
+    for verdict, seconds in often.verdict_seconds.items():
+        assert found.verdict_seconds[verdict] == pytest.approx(seconds, abs=5), verdict
+        assert found.verdict_joules[verdict] == pytest.approx(often.verdict_joules[verdict], abs=2500), verdict
+
+
+EXPECTED_WATTS = {Verdict.PARKED: 121.4, Verdict.TRANSFER_BOUND: 130.0}
+"""Mean power of the phases, by the recording itself."""
 EXPECTED = {
     "idle_no_context": {Verdict.IDLE},
     "idle_with_weights": {Verdict.PARKED},
@@ -139,7 +177,10 @@ def test_parked_energy_is_waste_only_beyond_the_allowed_time() -> None:
     seen = node.run(node.course.to_replay(parked.end_ns) - S)
     [found] = seen[-1].devices
     wasted = seen[-1].wasted_joules[found.uuid, WasteCause.PARKED]
-    assert wasted == pytest.approx(found.verdict_joules[Verdict.PARKED] - 4.0 * 121.4, rel=0.02)
+    [live] = node.sampler.live_devices()
+    assert live.idle_watts["bare"] == pytest.approx(79, abs=3)
+    avoidable = 121.4 - live.idle_watts["bare"]
+    assert wasted == pytest.approx((found.verdict_seconds[Verdict.PARKED] - 4.0) * avoidable, rel=0.05)
     assert set(seen[-1].wasted_joules) == {(found.uuid, WasteCause.PARKED)}
 
 
@@ -174,3 +215,86 @@ def test_an_engine_is_diagnosed_over_half_a_minute_with_its_reference() -> None:
     assert found.reference.gpu_model == "H100"
     node.diagnosis.observe([device], LedgerSnapshot())
     assert node.diagnosis.snapshot().engines == {}
+
+
+def without_steps(
+    requests: list[tuple[float, float, int]], seconds: int, busy: BusyTrack | None = None
+) -> Iterator[tuple[int, EngineDiagnosis]]:
+    """Yield second and diagnosis of an engine at 400 W that tells only of requests (start, end, output tokens)."""
+    line = Timeline(LEDGER_NS)
+    line.extend([LEDGER_NS + second * S for second in range(1, seconds + 1)], [400.0] * seconds)
+    told: list[Timed] = []
+    for number, (start, end, output) in enumerate(requests):
+        arrival_ns, end_ns = LEDGER_NS + round(start * S), LEDGER_NS + round(end * S)
+        name = f"r{number}"
+        begun = RequestRecord(request_id=name, engine_id="e", model="m", arrival_ns=arrival_ns)
+        told.append((arrival_ns, begun))
+        first_ns = arrival_ns + S // 2
+        told.append((first_ns, RequestRecord(request_id=name, engine_id="e", first_token_ns=first_ns)))
+        ended = RequestRecord(
+            request_id=name, engine_id="e", status=Status.FINISHED, end_ns=end_ns, usage=Usage(output=output)
+        )
+        told.append((end_ns, ended))
+    ledger, diagnosis = Ledger(Limits(), LawBook()), NodeDiagnosis(LawBook(), {}, parked_after_seconds=300)
+    ledger.add_engine(EngineRecord(engine_id="e", kind="vllm", models=("m",)), LEDGER_NS)
+    told.sort(key=lambda one: one[0])
+    for second in range(1, seconds):
+        now_ns = LEDGER_NS + second * S
+        while told and told[0][0] <= now_ns:
+            t_ns, record = told.pop(0)
+            tell(ledger, record, t_ns)
+        ledger.settle(views({"g": line}, busy), now_ns)
+        diagnosis.observe([], ledger.snapshot())
+        found = diagnosis.snapshot().engines.get("e")
+        if found is not None:
+            yield second, found.diagnosis
+
+
+def test_requests_that_last_as_long_as_the_window_are_priced_right() -> None:
+    # Eight at a time, a minute each: 60 s of 400 W make 8 times 1,800 tokens.
+    rounds = [(60.0 * turn, 60.0 * turn + 60.0, 1800) for turn in range(13) for _ in range(8)]
+    answers = list(without_steps(rounds, 780))
+    assert all(one.advice.startswith("No request ended in the last") for second, one in answers if 35 < second < 55)
+    prices = [one.joules_per_unit for second, one in answers if second > 90]
+    assert len(prices) > 600
+    assert prices == pytest.approx([400 * 60 / (8 * 1800)] * len(prices), rel=0.01)
+    rates = [one.evidence["units_per_second"] for second, one in answers if second > 400]
+    assert rates == pytest.approx([8 * 1800 / 60] * len(rates), rel=0.21)
+
+
+def test_short_requests_without_steps_keep_the_usual_window() -> None:
+    short = [(2.0 * turn, 2.0 * turn + 2.0, 100) for turn in range(60)]
+    answers = dict(without_steps(short, 120))
+    assert answers[115].evidence["window_seconds"] == pytest.approx(30, abs=2)
+    assert answers[115].joules_per_unit == pytest.approx(8.0, rel=0.01)
+
+
+def test_a_finding_of_an_account_that_stands_still_is_dropped() -> None:
+    for age_seconds, kept in ((100, True), (400, False)):
+        node = Replayed()
+        node.run(START_NS + 3 * S)
+        for second in (1, 2):
+            totals = EngineTotals(settled_ns=START_NS + (second - age_seconds) * S, idle_joules=120.0 * second)
+            node.diagnosis.observe(node.sampler.live_devices(), LedgerSnapshot(engine_totals={"e": totals}))
+        assert (node.diagnosis.snapshot().engines.keys() == {"e"}) is kept
+
+
+def test_a_device_that_is_gone_keeps_its_totals_for_an_hour() -> None:
+    node = Replayed()
+    node.run(START_NS + 5 * S)
+    [live] = node.sampler.live_devices()
+    for seconds, uuids in ((600, {live.uuid, "other"}), (7200, {"other"})):
+        line = Timeline(START_NS + seconds * S)
+        line.extend([START_NS + (seconds + 2) * S], [200.0])
+        other = replace(live, uuid="other", timeline=line, readings=(), states=())
+        node.diagnosis.observe([other], LedgerSnapshot())
+        assert {one.uuid for one in node.diagnosis.snapshot().devices} == uuids
+
+
+def test_a_gpu_that_works_while_its_engine_has_no_request_is_not_to_be_scaled_down() -> None:
+    busy = BusyTrack(np.arange(LEDGER_NS + S, LEDGER_NS + 61 * S, S), np.ones(60, np.bool_))
+    [*_, (_, found)] = without_steps([], 60, busy)
+    assert found.cause is Cause.UNKNOWN
+    assert found.advice.startswith("Its GPUs used 400 W for work that no request or step tells of")
+    [*_, (_, quiet)] = without_steps([], 60)
+    assert quiet.cause is Cause.NO_DEMAND

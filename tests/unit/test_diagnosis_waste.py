@@ -9,7 +9,15 @@ from jouletrace.diagnosis.waste import DeviceUse, EngineDemand, Waste, WasteCaus
 
 S = 1_000_000_000
 PARKED = DeviceUse(
-    "g", 0, S, energy_joules=121.0, parked=True, underutilized=False, active_ratio=0.0, parked_watts=121.0
+    "g",
+    0,
+    S,
+    energy_joules=121.0,
+    parked=True,
+    underutilized=False,
+    active_ratio=0.0,
+    parked_watts=121.0,
+    bare_watts=79.0,
 )
 BUSY = DeviceUse(
     "g", 0, S, energy_joules=600.0, parked=False, underutilized=False, active_ratio=1.0, parked_watts=121.0
@@ -23,11 +31,18 @@ def at(device: DeviceUse, second: float, seconds: float = 1.0) -> DeviceUse:
     return replace(device, start_ns=round(second * S), end_ns=round((second + seconds) * S))
 
 
-def test_a_parked_device_wastes_what_it_draws_beyond_the_time() -> None:
+def test_a_parked_device_wastes_beyond_the_time_what_would_go_away_with_its_process() -> None:
     waste = Waste(parked_after_seconds=300)
     for second in range(400):
         waste.add([at(PARKED, second)], [])
-    assert waste.joules == pytest.approx({("g", WasteCause.PARKED): 100 * 121.0})
+    assert waste.joules == pytest.approx({("g", WasteCause.PARKED): 100 * 42.0})
+
+
+def test_what_would_go_away_is_not_guessed() -> None:
+    waste = Waste(parked_after_seconds=0)
+    for second in range(20):
+        waste.add([at(replace(PARKED, bare_watts=None), second)], [])
+    assert waste.joules == {}
 
 
 def test_the_window_in_which_the_time_ends_counts_by_its_part() -> None:
@@ -36,7 +51,7 @@ def test_the_window_in_which_the_time_ends_counts_by_its_part() -> None:
         waste.add(
             [at(replace(PARKED, energy_joules=242.0), start, 2)], [EngineDemand(("g",), active=False, waiting=0.0)]
         )
-    assert waste.joules["g", WasteCause.PARKED] == pytest.approx(1.75 * 121)
+    assert waste.joules["g", WasteCause.PARKED] == pytest.approx(1.75 * 42)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +75,7 @@ def test_a_missed_evaluation_is_not_counted_and_does_not_start_the_time_anew() -
     waste = Waste(parked_after_seconds=10)
     for second in (*range(8), *range(11, 20)):
         waste.add([at(PARKED, second)], [])
-    assert waste.joules == pytest.approx({("g", WasteCause.PARKED): 9 * 121.0})
+    assert waste.joules == pytest.approx({("g", WasteCause.PARKED): 9 * 42.0})
 
 
 def test_time_that_nobody_saw_starts_the_time_anew() -> None:
@@ -123,6 +138,7 @@ def test_waste_never_exceeds_a_devices_joules_whatever_comes() -> None:
             underutilized=rng.choice((None, True, False)),
             active_ratio=rng.choice(values),
             parked_watts=rng.choice((*values, 121.0, 900.0)),
+            bare_watts=rng.choice((*values, 79.0, 900.0)),
             throttled_ratio=rng.choice(values),
             clock_ratio=rng.choice(values),
         )

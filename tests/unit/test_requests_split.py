@@ -58,7 +58,7 @@ def spans(*pairs: tuple[int, int]) -> dict[str, np.ndarray]:
 
 def test_unclaimed_time_is_shared_by_those_who_claim_it_first() -> None:
     waiting = Unclaimed()
-    waiting.append_unknown(np.array([0, 10, 20]), np.array([10, 20, 30]), np.array([6.0, 6.0, 6.0]))
+    waiting.append_unknown(np.array([0, 10, 20]), np.array([10, 20, 30]), np.array([6.0, 6.0, 6.0]), told=False)
     shares = waiting.claim(**spans((0, 20), (10, 30), (0, 30)), prompt_tokens=np.zeros(3), law=LAW)
     assert shares.total() == pytest.approx([3 + 2, 2 + 3, 3 + 2 + 3])
     assert waiting.joules == pytest.approx(0)
@@ -68,9 +68,20 @@ def test_unclaimed_time_is_shared_by_those_who_claim_it_first() -> None:
 
 def test_unclaimed_rows_expire_with_what_is_left() -> None:
     waiting = Unclaimed()
-    waiting.append_unknown(np.array([0, 10, 20]), np.array([10, 20, 30]), np.array([1.0, 2.0, 4.0]))
+    waiting.append_unknown(np.array([0, 10, 20]), np.array([10, 20, 30]), np.array([1.0, 2.0, 4.0]), told=False)
     waiting.claim(**spans((10, 20)), prompt_tokens=np.zeros(1), law=LAW)
     assert waiting.expire(25) == pytest.approx(1.0)
     assert waiting.joules == pytest.approx(4.0)
     assert waiting.expire(NEVER) == pytest.approx(4.0)
     assert len(waiting) == 0
+
+
+def test_what_waits_of_time_that_nobody_told_of_falls_with_claims_and_expiry() -> None:
+    waiting = Unclaimed()
+    waiting.append_unknown(np.array([0, 10, 20]), np.array([10, 20, 30]), np.array([1.0, 2.0, 4.0]), told=False)
+    waiting.append_unknown(np.array([30]), np.array([40]), np.array([8.0]), told=True)
+    assert waiting.untold_joules == pytest.approx(7.0)
+    waiting.claim(**spans((10, 40)), prompt_tokens=np.zeros(1), law=LAW)
+    assert waiting.untold_joules == pytest.approx(1.0)
+    waiting.expire(25)
+    assert waiting.untold_joules == pytest.approx(0.0)

@@ -12,7 +12,7 @@ from jouletrace.energy.meter import EnergySource, Meter
 from jouletrace.energy.timeline import Timeline
 from jouletrace.gpu.readings import PowerSamples
 from jouletrace.requests.account import EngineState, EngineTotals
-from jouletrace.requests.devices import DeviceView
+from jouletrace.requests.devices import BusyTrack, DeviceView
 from jouletrace.requests.law import Law, LawBook
 from jouletrace.requests.ledger import Ledger, Limits
 from jouletrace.requests.records import EngineRecord, RequestRecord, Status, StepRecord, Unit, Usage
@@ -198,3 +198,21 @@ def test_the_newest_step_tells_of_the_queue() -> None:
     assert seen.engine_states["f"] == EngineState()
     assert seen.engine_devices == {"e": ("g",), "f": ("g",)}
     assert seen.engine_models == {"e": ("m",), "f": ("n", "o")}
+
+
+def test_work_of_nobody_known_is_unclaimed_until_a_late_request_takes_its_part() -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + second * S for second in range(1, 81)], [100.0] * 80)
+    busy = BusyTrack(np.arange(START_NS + S, START_NS + 81 * S, S), np.ones(80, np.bool_))
+    ledger = Ledger(Limits(), BOOK)
+    ledger.add_engine(EngineRecord(engine_id="e", kind="vllm", models=("m",)), START_NS)
+    at = {"arrival_ns": START_NS + 5 * S, "end_ns": START_NS + 15 * S}
+    late = RequestRecord(request_id="x", model="m", status=Status.FINISHED, usage=Usage(output=10), **at)
+    devices = views({"g": line}, busy)
+    drive(ledger, devices, [], START_NS + 60 * S)
+    before = ledger.snapshot().engine_totals["e"]
+    assert before.busy_joules == before.unclaimed_joules > 4000
+    drive(ledger, devices, [(START_NS + 60 * S, late)], START_NS + 80 * S)
+    after = ledger.snapshot().engine_totals["e"]
+    assert after.busy_joules - after.unclaimed_joules == pytest.approx(1000, rel=1e-6)
+    assert (after.ended_requests, after.made_joules, after.output_tokens) == pytest.approx((1, 1000, 10), rel=1e-6)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import msgspec
 from tests.snapshots import NOW_NS, SECOND_NS, diagnosis_snapshot
 
@@ -23,6 +25,14 @@ def test_a_device_s_sentence_stands_with_its_evidence() -> None:
     assert device["end_ns"] == NOW_NS + 3599 * SECOND_NS
     assert device["wasted_joules"] == {"parked": 12_345.5}
     assert lost["wasted_joules"] == {}
+
+
+def test_a_device_that_is_not_read_any_more_is_marked() -> None:
+    snapshot = diagnosis_snapshot()
+    first, second = snapshot.devices
+    lost = replace(second, end_ns=NOW_NS - 60 * SECOND_NS)
+    document = diagnosis_document(replace(snapshot, devices=(first, lost)), ShiftedClock())
+    assert [device["stale"] for device in document["devices"]] == [False, True]
 
 
 def test_an_engine_s_cause_comes_with_advice_law_and_reference() -> None:

@@ -30,6 +30,8 @@ MOSTLY: Final = 0.5
 """A part that is more than half of its whole is what matters most; the same for time with active requests."""
 COMPLETE: Final = 0.9
 """Part of the active time that step records must cover for their counts to be all the tokens (ours)."""
+GAIN: Final = 0.02
+"""A figure under this part of what is spent now is no gain: the energy of a phase is known to 0.5 %, a law to a few."""
 ROUNDING: Final = 1e-6
 """Totals are sums of floats over months: a step back by so little is no restart."""
 CONFIDENCE: Final[Mapping[Known, float]] = {
@@ -87,6 +89,12 @@ class DeviceCondition:
     throttled_ratio: float | None = None
     """Part of the window that clocks were held down by heat or a brake; not by the power limit, which is normal under
     load (a busy H200 runs at it)."""
+    bare_watts: float | None = None
+    """The learnt level that stays while nobody holds the device."""
+    parked_watts: float | None = None
+    """The learnt level of the device held by processes that do nothing."""
+    engines: int = 1
+    """How many engines hold it: one that goes frees nothing of a device that others keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +155,8 @@ class EngineDiagnosis:
     """Throughput per watt."""
     decomposition: Mapping[str, float] = field(default_factory=dict)
     """Joules per unit by part, summing to `joules_per_unit`: `idle`, and `fixed`, `kv`, `decode`, `prefill`,
-    `between_steps` (requests were active, no step ran) or, without a law, `busy`."""
+    `between_steps` (requests were active, no step ran) or, without a law, `busy`. Work that no request or step tells
+    of is in none of them (evidence `unreported_watts`)."""
     batch: float | None = None
     """Mean decoding sequences per step, or mean active requests where no steps are reported."""
     half_fixed_batch: float | None = None
@@ -174,14 +183,28 @@ def difference(before: EngineTotals, after: EngineTotals) -> EngineTotals | None
     units = {unit: count - before.units.get(unit, 0.0) for unit, count in after.units.items()}
     if not all(0 <= count < math.inf for count in units.values()):
         return None
+    unclaimed = after.unclaimed_joules - before.unclaimed_joules
+    if not math.isfinite(unclaimed):
+        return None
     made = {unit: count for unit, count in units.items() if count}
     if min(values) < 0:
         values = [max(value, 0.0) for value in values]
-    return EngineTotals(settled_ns=after.settled_ns, units=made, **dict(zip(_TOTALS, values, strict=True)))
+    # What was claimed of the time before the window belongs to products that are told in it.
+    return EngineTotals(
+        after.settled_ns, unclaimed_joules=unclaimed, units=made, **dict(zip(_TOTALS, values, strict=True))
+    )
 
 
-_TOTALS: Final = tuple(name for name in EngineTotals.__dataclass_fields__ if name not in ("settled_ns", "units"))
+_TOTALS: Final = tuple(
+    name for name in EngineTotals.__dataclass_fields__ if name not in ("settled_ns", "unclaimed_joules", "units")
+)
 _totals: Final = attrgetter(*_TOTALS)
+
+
+def steps_tell_all(work: EngineTotals) -> bool:
+    """Return whether step records cover the active time of a window, so that they count all of its tokens."""
+    active_seconds = max(work.active_seconds, work.step_seconds)
+    return work.steps > 0 and work.step_joules > 0 and work.step_seconds >= COMPLETE * active_seconds
 
 
 def diagnose_engine(window: EngineWindow, law: StepLaw) -> EngineDiagnosis:
@@ -217,8 +240,14 @@ class _Case:
             self.running, self.trust = None, 0.5
         self.has_steps = work.steps > 0 and work.step_joules > 0
         self.covered = work.step_seconds / self.active_seconds if self.active_seconds > 0 else 0.0
+        self.by_steps = steps_tell_all(work)
         self.unit, self.units = self._product()
-        self.joules = work.busy_joules + work.idle_joules
+        self.measured = max(work.busy_joules - work.unclaimed_joules, 0.0)
+        """The engine's own busy energy in the window's time,"""
+        self.own = self.measured if self.by_steps or self.units <= 0 else work.made_joules
+        """and that of what it made: requests that ended may have begun long before the window."""
+        self.joules = self.own + work.idle_joules
+        self.unreported_watts = max(work.unclaimed_joules, 0.0) / window.seconds
         self.batch = self._batch()
         self.context = work.step_kv_tokens / work.step_decode_sequences if work.step_decode_sequences > 0 else 0.0
         self.half = law.half_fixed_batch(self.context) if law.known is not Known.UNKNOWN else None
@@ -226,10 +255,8 @@ class _Case:
 
     def _product(self) -> tuple[str, float]:
         work = self.work
-        if self.has_steps and self.covered >= COMPLETE and work.step_decode_sequences > 0:
-            tokens = work.step_decode_sequences
-        else:
-            tokens = work.output_tokens
+        counted = work.step_decode_sequences if self.by_steps else 0.0
+        tokens = counted or work.output_tokens
         if tokens > 0:
             return ("token", tokens) if not work.units else ("mixed", 0.0)
         if len(work.units) == 1:
@@ -238,7 +265,7 @@ class _Case:
         if work.units:
             return "mixed", 0.0
         if work.step_decode_sequences == 0 and (work.step_prefill_tokens > 0 or work.input_tokens > 0):
-            return "input_token", work.step_prefill_tokens if self.covered >= COMPLETE else work.input_tokens
+            return "input_token", work.step_prefill_tokens if self.by_steps else work.input_tokens
         return "token", 0.0
 
     def _batch(self) -> float | None:
@@ -253,7 +280,7 @@ class _Case:
         """Return joules by part, summing to the window's."""
         work, law, idle = self.work, self.law, {"idle": self.work.idle_joules}
         if self.unit not in ("token", "input_token") or law.known is Known.UNKNOWN:
-            return idle | {"busy": work.busy_joules}
+            return idle | {"busy": self.own}
         if self.has_steps:
             shares = {
                 "fixed": law.fixed_joules * work.steps,
@@ -261,7 +288,7 @@ class _Case:
                 "decode": law.sequence_joules * work.step_decode_sequences,
                 "prefill": law.prefill_token_joules * work.step_prefill_tokens,
             }
-            stepped = min(work.step_joules, work.busy_joules)
+            stepped = min(work.step_joules, self.own) if self.by_steps else self.own
         else:
             # Without steps: as the split of requests had it, which shares the fixed part by energy.
             split = work.prefill_joules + work.decode_joules
@@ -272,17 +299,27 @@ class _Case:
                 "decode": marginal * work.decode_joules / split if split > 0 else 0.0,
                 "prefill": marginal * work.prefill_joules / split if split > 0 else 0.0,
             }
-            stepped = work.busy_joules
+            stepped = self.own
         total = sum(shares.values())
         if total <= 0:
-            return idle | {"busy": work.busy_joules}
+            return idle | {"busy": self.own}
         scale = stepped / total
         parts = {name: share * scale for name, share in shares.items()}
-        return idle | parts | {"between_steps": work.busy_joules - stepped}
+        return idle | parts | {"between_steps": self.own - stepped}
 
     def part(self, name: str) -> float:
         """Return the joules of a part, 0 when it is not told apart."""
         return self.parts.get(name, 0.0)
+
+    def percent(self, name: str) -> str:
+        """Return a part's share of the busy joules, for a sentence."""
+        return f"{100 * self.part(name) / self.own:.0f} %"
+
+    def _levels(self, name: str) -> float | None:
+        """Return the sum of a learnt level of the engine's devices; None where it is not known of one of them."""
+        levels = [_number(getattr(one, name)) for one in self.window.devices]
+        known = [level for level in levels if level is not None]
+        return sum(known) if known and len(known) == len(levels) else None
 
     def diagnosis(self) -> EngineDiagnosis:
         """Return the first cause whose rule holds, in the order of `docs/diagnosis-engines.md`."""
@@ -299,30 +336,87 @@ class _Case:
                     f"The engine says that {self.running or 0:.0f} requests run and {self.waiting or 0:.0f} wait, but "
                     "none was reported: check its request and step feed.",
                 )
-            watts = work.idle_joules / self.window.seconds
-            return self._answer(
-                Cause.NO_DEMAND,
-                0.9 if self.running == 0 else 0.6,
-                f"No request for {self.window.seconds:.0f} s while it holds {watts:.0f} W: scale this replica to zero "
-                "or let other work share its GPUs."
-                if watts
-                else f"No request for {self.window.seconds:.0f} s: nothing to do.",
-                saved_watts=watts,
-            )
-        idle = self.part("idle")
-        if idle > MOSTLY * self.joules > 0 and self.units > 0 and self.waiting in (0, None):
-            reach = (self.joules - idle) / self.units
-            return self._answer(
-                Cause.NO_DEMAND,
-                0.9 if self.waiting == 0 else 0.6,
-                f"It is idle for most of its energy: consolidate onto fewer replicas; without the idle part "
-                f"{self._a_unit()} costs {reach:.3g} J instead of {self.joules / self.units:.3g} J.",
-                reach=reach,
-            )
+            if work.unclaimed_joules > work.idle_joules:
+                return self._answer(
+                    Cause.UNKNOWN,
+                    0.0,
+                    f"Its GPUs used {self.unreported_watts:.0f} W for work that no request or step tells of: check the "
+                    "engine's feed, and whether another process runs there.",
+                )
+            return self._without_request()
+        idle, measured = self.part("idle"), self.measured + self.part("idle")
+        # What works for somebody unknown is not idle.
+        if (
+            work.unclaimed_joules < idle > MOSTLY * measured > 0
+            and self.joules > idle
+            and self.units > 0
+            and self.waiting in (0, None)
+        ):
+            return self._mostly_idle(idle)
         return None
 
+    def _without_request(self) -> EngineDiagnosis:
+        seconds = self.window.seconds
+        watts = self.work.idle_joules / seconds
+        bare, parked = self._levels("bare_watts"), self._levels("parked_watts")
+        held = f"No request for {seconds:.0f} s while it holds {watts:.0f} W"
+        # It may have held its devices for a part of the window only.
+        freed = watts * max(1 - bare / parked, 0.0) if bare is not None and parked else 0.0
+        shared = self._shared()
+        if not watts:
+            advice = f"No request for {seconds:.0f} s: nothing to do."
+        elif shared:
+            advice = f"{held} as its part of GPUs that it shares: only when all that share them go, power is freed."
+        elif bare is None:
+            advice = (
+                f"{held}: scale this replica to zero or let other work share its GPUs. What that frees is not known, "
+                "for its GPUs have not been seen without a process yet."
+            )
+        elif freed < 1:
+            advice = f"{held}, which its GPUs draw without it, too: let other work share them."
+        else:
+            advice = (
+                f"{held}: let other work share its GPUs, or scale this replica to zero, which frees {freed:.0f} W "
+                f"({watts - freed:.0f} W stay while {self._the_gpus()} powered)."
+            )
+        freed = 0.0 if shared else freed
+        return self._answer(Cause.NO_DEMAND, 0.9 if self.running == 0 else 0.6, advice, saved_watts=freed)
+
+    def _mostly_idle(self, idle: float) -> EngineDiagnosis:
+        left = None if self._shared() else self._levels("bare_watts")
+        reach = None if left is None else self._reach(idle - left * self.window.seconds)
+        claim = ""
+        if reach is not None:
+            claim = (
+                f"; without the idle part, but with the {left:.0f} W that stay while {self._the_gpus()} powered, "
+                f"{self._a_unit()} costs {reach:.3g} J instead of {self.joules / self.units:.3g} J"
+            )
+        return self._answer(
+            Cause.NO_DEMAND,
+            0.9 if self.waiting == 0 else 0.6,
+            f"It is idle for most of its energy: consolidate onto fewer replicas{claim}.",
+            reach=reach,
+        )
+
+    def _shared(self) -> bool:
+        return any(one.engines > 1 for one in self.window.devices)
+
+    def _left_watts(self) -> float | None:
+        """Return what the devices draw at most when the engine is gone; None for not known, or nobody knows whose."""
+        bare = self._levels("bare_watts")
+        if self._shared():
+            return None
+        return self._levels("parked_watts") if bare is None else bare
+
+    def _the_gpus(self) -> str:
+        return "the GPUs are" if len(self.window.devices) > 1 else "the GPU is"
+
+    def _reach(self, saved: float) -> float | None:
+        """Return the joules per unit after a saving, None where that is no gain to speak of."""
+        return (self.joules - saved) / self.units if saved >= GAIN * self.joules > 0 else None
+
     def _contradiction(self) -> EngineDiagnosis | None:
-        work = self.work
+        work, seconds = self.work, self.window.seconds
         if self.unit == "mixed":
             return self._answer(
                 Cause.UNKNOWN,
@@ -331,13 +425,18 @@ class _Case:
                 "serve them by engines of their own.",
             )
         if self.units <= 0:
+            told = (
+                f"{work.ended_requests:.0f} requests ended in the last {seconds:.0f} s without telling what they made"
+            )
             return self._answer(
                 Cause.UNKNOWN,
                 0.0,
-                "Requests are active but no tokens or other products were reported: send step records, or requests "
-                "with their usage.",
+                f"{told}: send step records, or requests with their usage."
+                if work.ended_requests
+                else f"No request ended in the last {seconds:.0f} s: what its products cost shows when one does, or "
+                "at once with step records.",
             )
-        if work.busy_joules <= 0:
+        if self.own <= 0:
             return self._answer(
                 Cause.UNKNOWN,
                 0.0,
@@ -385,7 +484,8 @@ class _Case:
         full = self.kv_usage is not None and self.kv_usage > FULL_KV and self.waiting != 0
         roomy = self.running is not None and self.limit is not None and not saturated
         # Without max_num_seqs (vLLM does not publish it) a queue before a full cache says the same.
-        if preempted or (full and (roomy or (self.limit is None and self.waiting))):
+        limits = full and (roomy or (self.limit is None and self.waiting))
+        if preempted or (limits and not self._is_large()):
             return self._kv_capacity(preempted)
         if self.unit not in ("token", "input_token"):
             return self._answer(
@@ -397,14 +497,53 @@ class _Case:
         kv_bytes, weight_bytes = self._bytes()
         if self.part("kv") > self.part("fixed") > 0 or kv_bytes > weight_bytes > 0:
             return self._long_context(kv_bytes, weight_bytes)
-        if self.part("prefill") > MOSTLY * self.work.busy_joules:
-            return self._answer(
-                Cause.PREFILL_HEAVY,
-                self._confidence(),
-                f"Prompts take {100 * self.part('prefill') / self.work.busy_joules:.0f} % of its busy energy: share "
-                "prefixes through the prefix cache and shorten prompts; a larger batch would not help.",
-            )
+        if self.unit == "input_token":
+            return self._only_prefill()
+        if self.part("prefill") > MOSTLY * self.own:
+            return self._prefill_heavy(f"Prompts take {self.percent('prefill')} of its busy energy")
         return self._judged_by_law(saturated)
+
+    def _prefill_heavy(self, what: str) -> EngineDiagnosis:
+        return self._answer(
+            Cause.PREFILL_HEAVY,
+            self._confidence(),
+            f"{what}: share prefixes through the prefix cache and shorten prompts.",
+        )
+
+    def _only_prefill(self) -> EngineDiagnosis:
+        """Answer for an engine whose product are the prompt tokens themselves: fewer of them are no saving."""
+        if self.part("prefill") <= 0:
+            return self._answer(
+                Cause.UNKNOWN,
+                0.0,
+                f"It only prefills, and what a prompt token should cost is not known "
+                f"({self.law.refusal or 'no step-energy law'}): {self._remedy()}.",
+            )
+        if self.part("fixed") > self.part("prefill"):
+            return self._answer(
+                Cause.SMALL_BATCH,
+                self._confidence(),
+                f"It only prefills, and {self.percent('fixed')} of its busy energy is what each step costs however "
+                "many tokens it computes: send more prompts at a time.",
+                limit=BatchLimit.DEMAND if self.waiting == 0 else BatchLimit.UNKNOWN,
+            )
+        return self._answer(
+            Cause.HEALTHY,
+            self._confidence(),
+            f"It only prefills, and {self.percent('prefill')} of its busy energy goes into computing the prompts: "
+            "nothing to do.",
+        )
+
+    def _remedy(self) -> str:
+        first = "wait for more varied load" if self.has_steps else "send step records"
+        return f"{first}, or give a law from `jouletrace calibrate`"
+
+    def _is_large(self) -> bool:
+        """Whether the batch is surely beyond the half-fixed one; a prior may be off by half."""
+        if self.batch is None or self.half is None:
+            return False
+        sure = 1 - PRIOR_ERROR if self.law.known is Known.PRIOR else 1.0
+        return self.batch * sure >= self.half
 
     def _bytes(self) -> tuple[float, float]:
         """Return the bytes of contexts and of weights that a step reads, 0 when not known."""
@@ -434,7 +573,7 @@ class _Case:
     def _long_context(self, kv_bytes: float, weight_bytes: float) -> EngineDiagnosis:
         reach = None
         if self.part("kv") > 0 and self.law.known in (Known.FITTED, Known.CALIBRATED):
-            reach = (self.joules - self.part("kv") / 2) / self.units
+            reach = self._reach(self.part("kv") / 2)
         claim = f", which would bring a token from {self.joules / self.units:.3g} to {reach:.3g} J" if reach else ""
         return self._answer(
             Cause.LONG_CONTEXT,
@@ -447,15 +586,9 @@ class _Case:
 
     def _judged_by_law(self, saturated: bool) -> EngineDiagnosis:
         batch, half, law = self.batch, self.half, self.law
-        if not batch or half is None or self.unit != "token":
+        if not batch or half is None or (half > 0 and not self.part("fixed")):
             missing = law.refusal or "no step-energy law"
-            return self._answer(
-                Cause.UNKNOWN,
-                0.0,
-                f"Its batch cannot be judged ({missing}): send step records, or give a law from `jouletrace calibrate`."
-                if self.unit == "token"
-                else "It only prefills, and prompts cost what they compute.",
-            )
+            return self._answer(Cause.UNKNOWN, 0.0, f"Its batch cannot be judged ({missing}): {self._remedy()}.")
         doubtful = law.known is Known.PRIOR
         # A prior may be off by half: it tells only what lies beyond that.
         if doubtful and (1 - PRIOR_ERROR) * half <= batch <= half / (1 - PRIOR_ERROR):
@@ -463,7 +596,7 @@ class _Case:
                 Cause.UNKNOWN,
                 0.0,
                 f"Batch {batch:.3g} is near the estimated half-fixed batch {half:.3g}, which is not known well enough: "
-                "send step records, or give a law from `jouletrace calibrate`.",
+                f"{self._remedy()}.",
             )
         margin = abs(math.log(batch / half)) if 0 < half < math.inf else 1.0
         confidence = self._confidence() * (0.5 + 0.5 * min(1.0, margin / (3 * (law.residual or 0.0) + 0.05)))
@@ -472,6 +605,11 @@ class _Case:
                 Cause.HEALTHY,
                 confidence,
                 f"At batch {batch:.3g} the part that every step costs anyway is the smaller one: nothing to do.",
+            )
+        if self.part("prefill") - self.part("fixed") > GAIN * self.own:
+            return self._prefill_heavy(
+                f"Prompts take {self.percent('prefill')} of its busy energy, more than the {self.percent('fixed')} "
+                "that steps cost however many take part"
             )
         return self._small_batch(saturated, confidence, batch)
 
@@ -484,13 +622,15 @@ class _Case:
                 "Nobody waits, so no limit is in the way: consolidate the load onto fewer replicas",
                 most,
                 BatchLimit.DEMAND,
+                left_watts=self._left_watts(),
             )
         if self.waiting is None:
             return self._with_batch(
                 Cause.SMALL_BATCH,
                 0.8 * confidence,
-                f"Most of a step's energy does not depend on its {batch:.3g} sequences; whether others wait is not "
-                "known: report `waiting` to learn what limits the batch",
+                f"{self.percent('fixed')} of its busy energy is what steps cost however many take part, here "
+                f"{batch:.3g} sequences; whether others wait is not known: report `waiting` to learn what limits the "
+                "batch",
                 None,
                 BatchLimit.UNKNOWN,
             )
@@ -524,22 +664,34 @@ class _Case:
         )
 
     def _with_batch(
-        self, cause: Cause, confidence: float, advice: str, target: float | None, limit: BatchLimit | None = None
+        self,
+        cause: Cause,
+        confidence: float,
+        advice: str,
+        target: float | None,
+        limit: BatchLimit | None = None,
+        *,
+        left_watts: float | None = 0.0,
     ) -> EngineDiagnosis:
-        """Answer with what `target`, or the largest batch that the law knows, would reach; both may be no gain."""
+        """Answer with what `target`, or the largest batch that the law knows, would reach; both may be no gain.
+
+        `left_watts` is what a replica's devices still draw when its load has gone to others; None for not known.
+        """
         reach, batch, law = None, self.batch, self.law
-        if target is not None and batch and self.parts.get("fixed") and self.units > 0:
+        if left_watts is not None and target is not None and batch and self.parts.get("fixed") and self.units > 0:
             target = min(target, law.batch_high if law.batch_high is not None else 0.0)
             known = law.joules_per_token(batch) is not None and law.joules_per_token(target) is not None
             if target > batch and known and self.unit == "token":
-                reach = (self.joules - self.part("fixed") * (1 - batch / target)) / self.units
+                saved = self.part("fixed") - left_watts * self.window.seconds
+                reach = self._reach(saved * (1 - batch / target))
         if reach is None:
             return self._answer(cause, confidence, f"{advice}.", limit=limit)
         return self._answer(
             cause,
             confidence,
             f"{advice}; at batch {target:.3g} instead of {batch:.3g} a token costs {reach:.3g} J instead of "
-            f"{self.joules / self.units:.3g} J.",
+            f"{self.joules / self.units:.3g} J"
+            f"{', with what the freed GPUs still draw' if left_watts else ''}.",
             reach=reach,
             reach_batch=target,
             limit=limit,
@@ -598,7 +750,8 @@ class _Case:
             "window_seconds": self.window.seconds,
             "active_ratio": self.active_ratio,
             "units_per_second": self.units / self.window.seconds,
-            "watts": self.joules / self.window.seconds,
+            "watts": (self.measured + self.work.idle_joules) / self.window.seconds,
+            "unreported_watts": self.unreported_watts or None,
             "batch": self.batch,
             "running": self.running,
             "waiting": self.waiting,

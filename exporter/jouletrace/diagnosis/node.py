@@ -5,16 +5,25 @@ totals. Each device's time is cut into spans without gaps, so that joules by dri
 of the device.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
-from jouletrace.diagnosis.causes import DeviceCondition, EngineDiagnosis, EngineWindow, diagnose_engine
-from jouletrace.diagnosis.drivers import Driver, Refinement, clock_ratio, decompose, model_of
+from jouletrace.diagnosis.causes import (
+    DeviceCondition,
+    EngineDiagnosis,
+    EngineWindow,
+    diagnose_engine,
+    difference,
+    steps_tell_all,
+)
+from jouletrace.diagnosis.drivers import Decomposition, Driver, Refinement, clock_ratio, decompose, model_of
 from jouletrace.diagnosis.reference import Measurement, Reference, shipped
-from jouletrace.diagnosis.signals import DeviceSignals, align, next_span
+from jouletrace.diagnosis.signals import LEAST_SPAN_NS, SILENT_NS, DeviceSignals, align, next_span
 from jouletrace.diagnosis.step_energy import StepEnergy, StepLaw
 from jouletrace.diagnosis.verdicts import (
     HW_THERMAL_BIT,
@@ -36,10 +45,26 @@ from jouletrace.requests.roofline import ModelDescription
 S = 1_000_000_000
 ENGINE_WINDOW_NS = 30 * S
 """What an engine's cause looks back on: ML.ENERGY's own steady windows are 20 s and longer."""
+LONGEST_WINDOW_NS = 600 * S
+"""And at most, where only requests tell what was made: agents' and reasoning requests take minutes."""
+REQUEST_TIMES = 5
+"""So many mean request times of activity make such a window: what began before it and what did not end in it, one
+request time each, then weigh little."""
+PAST_NS = 10 * S
+"""How far apart looks are kept that are older than the window: a sixtieth of the longest one."""
+FINDING_NS = 300 * S
+"""A finding whose window ended so long before the newest span is of another time: the engine's account stands still
+(a feed that lags holds it open for minutes, not hours)."""
+SPAN_NS = 1 * S
+"""How long the spans are that are judged one by one, however seldom the diagnosis is evaluated."""
+MOST_SPANS = 30
+"""What lies further back in one evaluation is judged as one: activity is only kept for half a minute."""
 CAUSE_NS = 5 * S
 """How often an engine's cause is looked for: a sixth of the window that it rests on."""
-CONDITIONS_NS = 120 * S
-"""How long a device's conditions are kept for engines whose account lags."""
+GONE_NS = 3600 * S
+"""A device that has been gone for so long will not come back: its totals go."""
+CONDITIONS_NS = LONGEST_WINDOW_NS + 120 * S
+"""How long a device's conditions are kept: for the longest window of an engine whose account lags."""
 STATE_FRESH_NS = 60 * S
 """What an engine said of its queue counts this long; idle engines report no steps."""
 REFINE_NS = 60 * S
@@ -107,6 +132,8 @@ class DeviceFinding:
     driver_confidence: float
     driver_joules: Mapping[Driver, float]
     """Totals; they add up to the energy of the device."""
+    booked_ns: int
+    """Up to here time and energy are booked by verdict: a few spans behind while a change may be under way."""
     verdict_seconds: Mapping[Verdict, float]
     verdict_joules: Mapping[Verdict, float]
     flag_seconds: Mapping[Flag, float]
@@ -167,16 +194,30 @@ class NodeDiagnosis:
             known = self._devices.get(device.uuid)
             if known is None:
                 known = self._devices[device.uuid] = _Device(device)
-            use = known.observe(device)
-            if use is not None:
-                uses.append(use)
-        for gone in self._devices.keys() - {device.uuid for device in devices}:
-            self._waste.forget(gone)
+            uses.append(known.observe(device))
         for gone in self._engines.keys() - account.engine_totals.keys():
             del self._engines[gone]
         for engine_id, totals in account.engine_totals.items():
             self._observe_engine(engine_id, totals, account)
-        self._waste.add(uses, [self._demand(engine_id, account) for engine_id in self._engines])
+        self._forget({device.uuid for device in devices})
+        demands = [self._demand(engine_id, account) for engine_id in self._engines]
+        for together in zip_longest(*uses):
+            self._waste.add([use for use in together if use is not None], demands)
+
+    def _forget(self, present: set[str]) -> None:
+        """Leave out what is known of devices that are gone, and findings of engines whose account stands still.
+
+        A lost device's totals stay for as long as it may come back.
+        """
+        newest_ns = max((one.end_ns for one in self._devices.values()), default=0)
+        for gone in self._devices.keys() - present:
+            if self._devices[gone].leave():
+                self._waste.forget(gone)
+            if self._devices[gone].end_ns < newest_ns - GONE_NS:
+                del self._devices[gone]
+        for engine in self._engines.values():
+            if engine.finding is not None and engine.finding.end_ns < newest_ns - FINDING_NS:
+                engine.finding = None
 
     def snapshot(self) -> DiagnosisSnapshot:
         """Return the diagnosis as it stands, frozen."""
@@ -201,12 +242,20 @@ class NodeDiagnosis:
         state = account.engine_states.get(engine_id, EngineState())
         if state.t_ns < totals.settled_ns - STATE_FRESH_NS:
             state = EngineState(max_num_seqs=state.max_num_seqs)
-        before = engine.look(totals, state)
-        if before is None or (engine.finding and totals.settled_ns - engine.finding.end_ns < CAUSE_NS):
+        engine.look(totals, state)
+        if len(engine.looks) < 2 or (engine.finding and totals.settled_ns - engine.finding.end_ns < CAUSE_NS):
             return
+        before = engine.window_start()
         start_ns, end_ns = before[0].settled_ns, totals.settled_ns
         described = next((self._descriptions[model] for model in models if model in self._descriptions), None)
-        known = [self._devices[uuid].condition(start_ns, end_ns) for uuid in uuids if uuid in self._devices]
+        known = [
+            replace(
+                self._devices[uuid].condition(start_ns, end_ns),
+                engines=sum(uuid in held for held in account.engine_devices.values()),
+            )
+            for uuid in uuids
+            if uuid in self._devices
+        ]
         window = EngineWindow.between(engine_id, before, (totals, state), devices=known, model=described)
         found = diagnose_engine(window, step_law)
         engine.finding = EngineFinding(
@@ -244,44 +293,64 @@ class _Engine:
 
     def __init__(self) -> None:
         self.energy = StepEnergy()
-        self.looks: deque[tuple[EngineTotals, EngineState]] = deque()
+        self.looks: deque[_Look] = deque()
+        """Those of the usual window, the newest last,"""
+        self._past: deque[_Look] = deque()
+        """and, further apart, those of the longest one before it."""
         self.finding: EngineFinding | None = None
 
-    def look(self, totals: EngineTotals, state: EngineState) -> tuple[EngineTotals, EngineState] | None:
-        """Remember a look; return the one at the beginning of the window that ends with it."""
-        looks = self.looks
-        if looks and totals.settled_ns < looks[-1][0].settled_ns:
+    def look(self, totals: EngineTotals, state: EngineState) -> None:
+        """Remember a look."""
+        looks, past, now_ns = self.looks, self._past, totals.settled_ns
+        if looks and now_ns < looks[-1][0].settled_ns:
             looks.clear()
+            past.clear()
         looks.append((totals, state))
-        while len(looks) > 2 and looks[1][0].settled_ns <= totals.settled_ns - ENGINE_WINDOW_NS:
-            looks.popleft()
-        return looks[0] if len(looks) > 1 else None
+        while len(looks) > 2 and looks[1][0].settled_ns <= now_ns - ENGINE_WINDOW_NS:
+            left = looks.popleft()
+            if not past or left[0].settled_ns - past[-1][0].settled_ns >= PAST_NS:
+                past.append(left)
+        while past and past[0][0].settled_ns < now_ns - LONGEST_WINDOW_NS:
+            past.popleft()
+
+    def window_start(self) -> "_Look":
+        """Return the look at which the window begins that ends with the newest one.
+
+        Steps, and engines that count for themselves, tell at once what was made; requests only when they end, so that
+        a window must hold several of them.
+        """
+        usual, (totals, _) = self.looks[0], self.looks[-1]
+        work = difference(usual[0], totals)
+        if not self._past or work is None or work.active_seconds == 0 or steps_tell_all(work):
+            return usual
+        oldest = self._past[0][0]
+        ended = totals.ended_requests - oldest.ended_requests
+        if ended <= 0:
+            return usual if totals.output_tokens > oldest.output_tokens else self._past[0]
+        needed = REQUEST_TIMES * (totals.sequence_seconds - oldest.sequence_seconds) / ended
+        if work.active_seconds >= needed:
+            return usual
+        at = bisect_right(self._past, totals.active_seconds - needed, key=lambda look: look[0].active_seconds)
+        return self._past[max(at - 1, 0)]
 
 
-Weighted = tuple[float, float]
-"""A sum of values times seconds, and of the seconds for which the value was known."""
+_Look = tuple[EngineTotals, EngineState]
+_END = attrgetter("end_ns")
 
 
-class _Sums(NamedTuple):
-    """A device's conditions, summed up from the first span to the one that ends at `end_ns`."""
+class _Conditions(NamedTuple):
+    """A device's conditions, summed up over time from the first span to the one that ends at `end_ns`.
+
+    Each value is a sum of value times seconds, beside it the seconds for which it was known.
+    """
 
     end_ns: int
-    underutilized: Weighted = (0.0, 0.0)
-    power: Weighted = (0.0, 0.0)
-    throttled: Weighted = (0.0, 0.0)
-
-    def plus(self, span: DeviceSignals, condition: DeviceCondition) -> "_Sums":
-        """Return the sums with another span."""
-
-        def add(old: Weighted, value: float | None) -> Weighted:
-            return old if value is None else (old[0] + value * span.seconds, old[1] + span.seconds)
-
-        return _Sums(
-            span.end_ns,
-            add(self.underutilized, condition.underutilized),
-            add(self.power, condition.power_ratio),
-            add(self.throttled, condition.throttled_ratio),
-        )
+    underutilized: float = 0.0
+    underutilized_seconds: float = 0.0
+    power: float = 0.0
+    power_seconds: float = 0.0
+    throttled: float = 0.0
+    throttled_seconds: float = 0.0
 
 
 class _Device:
@@ -289,57 +358,69 @@ class _Device:
 
     def __init__(self, device: WatchedDevice) -> None:
         self.finding: DeviceFinding | None = None
-        self._end_ns = device.timeline.start_ns
+        self.end_ns = device.timeline.start_ns
+        """Up to here it is diagnosed."""
+        self._is_present = True
         self._hysteresis = Hysteresis()
-        self._refinement = Refinement(model_of(device.info.name, device.info.power_limit_watts))
+        self._refinement = Refinement(model_of(device.info.name, device.info.board_limit_watts))
         self._refined_ns = 0
-        self._since_ns = self._end_ns
+        self._since_ns = self._booked_ns = self.end_ns
+        self._verdict: Verdict | None = None
+        self._unbooked: list[DeviceSignals] = []
+        """Spans whose verdict is not confirmed yet."""
         self._driver_joules = dict.fromkeys(Driver, 0.0)
         self._verdict_seconds = dict.fromkeys(Verdict, 0.0)
         self._verdict_joules = dict.fromkeys(Verdict, 0.0)
         self._flag_seconds = dict.fromkeys(Flag, 0.0)
         self._uuid = device.uuid
-        self._sums = [_Sums(self._end_ns)]
+        self._idle_watts: Mapping[str, float] = {}
+        self._sums = [_Conditions(self.end_ns)]
 
-    def observe(self, device: WatchedDevice) -> DeviceUse | None:
-        """Diagnose the time since the last span; return how the device was used, None when nothing new is known."""
+    def leave(self) -> bool:
+        """Note that the device is not there; return whether that is news."""
+        was_present, self._is_present = self._is_present, False
+        return was_present
+
+    def observe(self, device: WatchedDevice) -> Sequence[DeviceUse]:
+        """Diagnose the time since the last span; return how the device was used in the time whose verdict stands."""
+        self._is_present = True
+        self._idle_watts = device.idle_watts
         timeline = device.timeline
         # What the timeline has forgotten nobody can diagnose.
-        span = next_span(max(self._end_ns, timeline.start_ns), timeline.end_ns, device.readings)
-        if span is None:
-            return None
-        self._end_ns = span[1]
-        signals = align(
-            *span,
-            info=device.info,
-            timeline=timeline,
-            readings=device.readings,
-            states=device.states,
-            healths=() if device.health is None else (device.health,),
-            held=device.held,
-            idle_watts=device.idle_watts,
-        )
-        judgement = self._hysteresis.update(signals)
-        self._book(device, signals, judgement)
-        return self._use(device.uuid, signals, judgement)
-
-    def _book(self, device: WatchedDevice, signals: DeviceSignals, judgement: Judgement) -> None:
-        """Add the span to the totals and make the finding."""
-        refinement = self._refinement
-        found = decompose(signals, refinement.coefficients, refinement.confidence)
-        refinement.observe(signals)
-        if signals.end_ns - self._refined_ns > REFINE_NS:
-            self._refined_ns = signals.end_ns
-            refinement.solve()
-        for driver, joules in found.joules.items():
-            self._driver_joules[driver] += joules
-        verdict = judgement.verdict
-        self._verdict_seconds[verdict] += signals.seconds
-        self._verdict_joules[verdict] += signals.energy_joules or 0.0
-        for flag in judgement.flags:
-            self._flag_seconds[flag] += signals.seconds
-        if self.finding is not None and self.finding.judgement.verdict is not verdict:
-            self._since_ns = signals.start_ns
+        after_ns = max(self.end_ns, timeline.start_ns)
+        # Older ones end no span: not looking at half a minute of them each second is a tenth of what this costs.
+        oldest_ns = min(after_ns, timeline.end_ns - SILENT_NS)
+        fresh = device.readings[bisect_right(device.readings, oldest_ns, key=_END) :]
+        whole = next_span(after_ns, timeline.end_ns, fresh)
+        if whole is None:
+            return ()
+        uses: list[DeviceUse] = []
+        signals = None
+        for start_ns, end_ns in _spans(*whole, fresh):
+            signals = align(
+                start_ns,
+                end_ns,
+                info=device.info,
+                timeline=timeline,
+                readings=_known(device.readings, end_ns) if end_ns < whole[1] else device.readings,
+                states=device.states,
+                healths=() if device.health is None else (device.health,),
+                held=device.held,
+                idle_watts=device.idle_watts,
+            )
+            judgement = self._hysteresis.update(signals)
+            found = self._decompose(signals)
+            for flag in judgement.flags:
+                self._flag_seconds[flag] += signals.seconds
+            self._unbooked.append(signals)
+            if judgement.confirmed:
+                uses += [self._book(one, judgement.verdict) for one in self._unbooked]
+                self._unbooked.clear()
+            if judgement.verdict is not self._verdict:
+                self._verdict, self._since_ns = judgement.verdict, start_ns
+        if signals is None:
+            return ()
+        self.end_ns = signals.end_ns
         self.finding = DeviceFinding(
             uuid=device.uuid,
             gpu=device.info.gpu,
@@ -351,32 +432,59 @@ class _Device:
             driver_watts={driver: joules / signals.seconds for driver, joules in found.joules.items()},
             driver_confidence=found.confidence,
             driver_joules=dict(self._driver_joules),
+            booked_ns=self._booked_ns,
             verdict_seconds=dict(self._verdict_seconds),
             verdict_joules=dict(self._verdict_joules),
             flag_seconds=dict(self._flag_seconds),
         )
+        return uses
 
-    def _use(self, uuid: str, signals: DeviceSignals, judgement: Judgement) -> DeviceUse:
+    def _decompose(self, signals: DeviceSignals) -> Decomposition:
+        """Add the span to the drivers' joules, and learn from it."""
+        refinement = self._refinement
+        found = decompose(signals, refinement.coefficients, refinement.confidence)
+        refinement.observe(signals)
+        if signals.end_ns - self._refined_ns > REFINE_NS:
+            self._refined_ns = signals.end_ns
+            refinement.solve()
+        for driver, joules in found.joules.items():
+            self._driver_joules[driver] += joules
+        return found
+
+    def _book(self, signals: DeviceSignals, verdict: Verdict) -> DeviceUse:
+        """Add a span to the totals of the verdict that holds for it; return how the device was used in it."""
+        seconds = signals.seconds
+        self._booked_ns = signals.end_ns
+        self._verdict_seconds[verdict] += seconds
+        self._verdict_joules[verdict] += signals.energy_joules or 0.0
         limit, watts = signals.power_limit_watts, signals.watts
         throttled = _hindered(signals)
-        condition = DeviceCondition(
-            uuid=uuid,
-            underutilized=judgement.verdict is Verdict.UNDERUTILIZED,
-            power_ratio=watts / limit if watts is not None and limit else None,
-            throttled_ratio=throttled,
+        underutilized = verdict is Verdict.UNDERUTILIZED
+        power = watts / limit if watts is not None and limit else None
+        sums = self._sums[-1]
+        self._sums.append(
+            _Conditions(
+                signals.end_ns,
+                sums.underutilized + underutilized * seconds,
+                sums.underutilized_seconds + seconds,
+                sums.power if power is None else sums.power + power * seconds,
+                sums.power_seconds if power is None else sums.power_seconds + seconds,
+                sums.throttled if throttled is None else sums.throttled + throttled * seconds,
+                sums.throttled_seconds if throttled is None else sums.throttled_seconds + seconds,
+            )
         )
-        self._sums.append(self._sums[-1].plus(signals, condition))
         if self._sums[0].end_ns < signals.end_ns - 2 * CONDITIONS_NS:
             del self._sums[: len(self._sums) // 2]
         return DeviceUse(
-            uuid=uuid,
+            uuid=self._uuid,
             start_ns=signals.start_ns,
             end_ns=signals.end_ns,
             energy_joules=signals.energy_joules,
-            parked=judgement.verdict is Verdict.PARKED,
-            underutilized=condition.underutilized,
+            parked=verdict is Verdict.PARKED,
+            underutilized=underutilized,
             active_ratio=signals.active_ratio,
             parked_watts=signals.idle_watts.get(IdleKind.PARKED),
+            bare_watts=signals.idle_watts.get(IdleKind.BARE),
             throttled_ratio=throttled,
             clock_ratio=None if signals.sm_clock_hertz is None else clock_ratio(signals),
         )
@@ -384,22 +492,54 @@ class _Device:
     def condition(self, start_ns: int, end_ns: int) -> DeviceCondition:
         """Return what was found of the spans that end in (start_ns, end_ns], weighted by time; unknown without any."""
         sums = self._sums
-        first, last = (bisect_right(sums, at_ns, key=lambda one: one.end_ns) - 1 for at_ns in (start_ns, end_ns))
+        first, last = (bisect_right(sums, at_ns, key=_END) - 1 for at_ns in (start_ns, end_ns))
+        bare, parked = self._idle_watts.get(IdleKind.BARE), self._idle_watts.get(IdleKind.PARKED)
         if last <= max(first, 0):
-            return DeviceCondition(self._uuid)
+            return DeviceCondition(self._uuid, bare_watts=bare, parked_watts=parked)
         before, after = sums[max(first, 0)], sums[last]
 
-        def mean(name: str) -> float | None:
-            (weighted, seconds), (less, earlier) = getattr(after, name), getattr(before, name)
-            return (weighted - less) / (seconds - earlier) if seconds > earlier else None
+        def mean(value: float, seconds: float) -> float | None:
+            return value / seconds if seconds > 0 else None
 
-        underutilized = mean("underutilized")
+        underutilized = mean(
+            after.underutilized - before.underutilized, after.underutilized_seconds - before.underutilized_seconds
+        )
         return DeviceCondition(
             uuid=self._uuid,
             underutilized=None if underutilized is None else underutilized > 0.5,
-            power_ratio=mean("power"),
-            throttled_ratio=mean("throttled"),
+            power_ratio=mean(after.power - before.power, after.power_seconds - before.power_seconds),
+            throttled_ratio=mean(
+                after.throttled - before.throttled, after.throttled_seconds - before.throttled_seconds
+            ),
+            bare_watts=bare,
+            parked_watts=parked,
         )
+
+
+def _known(readings: Sequence[ActivityReading], end_ns: int) -> Sequence[ActivityReading]:
+    """Return the readings that were there at a time: a span that is judged late is judged by no more than in time."""
+    return readings[: bisect_right(readings, end_ns, key=_END)]
+
+
+def _spans(start_ns: int, end_ns: int, readings: Sequence[ActivityReading]) -> Iterator[tuple[int, int]]:
+    """Yield (start_ns, end_ns] in spans of about `SPAN_NS`, cut where intervals of activity end.
+
+    So verdicts do not depend on how much time an evaluation has to catch up with. What is left over behind a span is
+    left for the next evaluation.
+    """
+    if end_ns - start_ns > MOST_SPANS * SPAN_NS:
+        oldest_ns = end_ns - MOST_SPANS * SPAN_NS
+        yield start_ns, oldest_ns
+        start_ns = oldest_ns
+    ends_ns = sorted({one.end_ns for one in readings if start_ns < one.end_ns <= end_ns})
+    while (due_ns := start_ns + SPAN_NS) <= end_ns + LEAST_SPAN_NS // 2:
+        # The interval's end that is nearest to a second later, if there is one near.
+        at = bisect_left(ends_ns, due_ns - LEAST_SPAN_NS // 2)
+        cut_ns = ends_ns[at] if at < len(ends_ns) and ends_ns[at] <= due_ns + LEAST_SPAN_NS else due_ns
+        if cut_ns > end_ns:
+            break
+        yield start_ns, cut_ns
+        start_ns = cut_ns
 
 
 def _hindered(signals: DeviceSignals) -> float | None:

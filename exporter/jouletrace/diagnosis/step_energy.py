@@ -284,7 +284,8 @@ def _fitted(samples: Sequence[_Sample], now_ns: int, base: Law | None) -> StepLa
     """Return the robust, age-weighted least-squares law of the samples; raise _RefusedError with the reason."""
     if len(samples) < FEWEST_SAMPLES:
         raise _RefusedError(
-            f"{len(samples)} windows of a second of steps or more are too few, {FEWEST_SAMPLES} are needed"
+            f"{len(samples)} of the {FEWEST_SAMPLES} windows that a law needs have been seen, each of a second of "
+            "steps or more"
         )
     low, high = _range(samples)
     if low <= 0 or high < VARIATION * low:

@@ -1,7 +1,8 @@
 """Joules that a named cause burned and that somebody could have saved, per device, as counters.
 
-A lower bound on purpose: what cannot be shown to be avoidable is not called waste. In one window a device's waste has
-one cause, the first that applies in the order of WasteCause, so parts never overlap and never exceed its joules.
+What cannot be shown to be avoidable is not called waste, so each cause is a lower bound; only throttling is an upper
+one. In one window a device's waste has one cause, the first that applies in the order of WasteCause, so parts never
+overlap and never exceed its joules.
 """
 
 import math
@@ -21,11 +22,13 @@ class WasteCause(StrEnum):
     """What burned joules that could have been saved."""
 
     PARKED = "parked"
-    """A process held the device without any request for longer than the configured time: all energy beyond it."""
+    """A process held the device without any request for longer than the configured time: all energy beyond it, less
+    what the device draws when nobody holds it, for that stays."""
     UNDERUTILIZED_WITH_DEMAND = "underutilized_with_demand"
     """The device stood still under waiting requests: the parked level of power for the time it was not active."""
     THROTTLING = "throttling"
-    """Heat or a brake made work take longer: the parked level of power for that longer time."""
+    """Heat or a brake made work take longer: the parked level of power for that longer time, taken as if all of the
+    work were bound by the clock."""
     SMALL_BATCH_WHILE_WAITING = "small_batch_while_waiting"
     """max_num_seqs kept the batch small while requests waited: the fixed energy that the larger batch saves."""
 
@@ -46,6 +49,8 @@ class DeviceUse:
     """Part of the time that it was active (graphics activity), 0 to 1."""
     parked_watts: float | None = None
     """The learnt level of a held device that does nothing."""
+    bare_watts: float | None = None
+    """The learnt level of a device that nobody holds."""
     throttled_ratio: float | None = None
     """Part of the time that clocks were held down by heat or a brake, not by the power limit."""
     clock_ratio: float | None = None
@@ -120,15 +125,23 @@ def _ratio(value: float | None) -> float | None:
     return min(value, 1.0) if value is not None and value >= 0 else None
 
 
+def _watts(value: float | None) -> float | None:
+    return value if value is not None and 0 <= value < math.inf else None
+
+
 def _waste(
     device: DeviceUse, holders: Sequence[EngineDemand], energies: Mapping[str, float], quiet_ns: int
 ) -> tuple[WasteCause, float] | None:
     """Return the cause and the joules of one window, or None."""
     seconds = (device.end_ns - device.start_ns) / 1e9
     if quiet_ns > 0:
-        return WasteCause.PARKED, energies[device.uuid] * quiet_ns / (device.end_ns - device.start_ns)
-    static = device.parked_watts
-    static = static * seconds if static is not None and 0 <= static < math.inf else None
+        bare = _watts(device.bare_watts)
+        if bare is None:
+            return None
+        avoidable = energies[device.uuid] - bare * seconds
+        return WasteCause.PARKED, avoidable * quiet_ns / (device.end_ns - device.start_ns)
+    parked = _watts(device.parked_watts)
+    static = None if parked is None else parked * seconds
     active, clock = _ratio(device.active_ratio), _ratio(device.clock_ratio)
     waited_for = any((one.waiting or 0) > 0 for one in holders)
     if device.underutilized and waited_for and static is not None and active is not None:

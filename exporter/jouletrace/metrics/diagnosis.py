@@ -10,6 +10,7 @@ from jouletrace.diagnosis.causes import Cause
 from jouletrace.diagnosis.node import DeviceFinding, DiagnosisSnapshot, EngineFinding
 from jouletrace.diagnosis.step_energy import Known
 from jouletrace.diagnosis.verdicts import Verdict
+from jouletrace.diagnosis.waste import WasteCause
 from jouletrace.metrics import names
 from jouletrace.metrics.collector import Collector, Scrape, family
 from jouletrace.requests.account import LedgerSnapshot
@@ -58,8 +59,8 @@ class DeviceDiagnosisCollector:
         yield _by_kind(names.DIAGNOSIS_FLAG_SECONDS, found, lambda one: one.flag_seconds)
         wasted = family(names.WASTED_ENERGY_JOULES)
         for one in found:
-            for cause in names.WASTED_ENERGY_JOULES.values:
-                joules = next((j for key, j in snapshot.wasted_joules.items() if key == (one.uuid, cause)), 0.0)
+            for cause in WasteCause:
+                joules = snapshot.wasted_joules.get((one.uuid, cause), 0.0)
                 wasted.add_metric((str(one.gpu), one.uuid, cause), joules)
         yield wasted
 

@@ -393,14 +393,15 @@ DIAGNOSIS_CONFIDENCE_RATIO = Metric(
 DIAGNOSIS_SECONDS = Metric(
     "jouletrace_diagnosis_seconds_total",
     "counter",
-    "Time for which each verdict held, in seconds.",
+    "Time for which each verdict held, in seconds. Counted once the verdict is confirmed, up to six seconds later.",
     (*_DEVICE, "verdict"),
     tuple(Verdict),
 )
 DIAGNOSIS_ENERGY_JOULES = Metric(
     "jouletrace_diagnosis_energy_joules_total",
     "counter",
-    "Energy of the GPU in joules while each verdict held. Sums to the energy of the GPU.",
+    "Energy of the GPU in joules while each verdict held. Sums to the energy of the GPU up to a few seconds ago: it is "
+    "counted once the verdict is confirmed.",
     (*_DEVICE, "verdict"),
     tuple(Verdict),
 )
@@ -424,9 +425,10 @@ ENGINE_CAUSE = Metric(
 ENGINE_UNIT_ENERGY_JOULES = Metric(
     "jouletrace_engine_unit_energy_joules",
     "gauge",
-    "Joules per unit that the engine made over the last half minute, by part: idle of the GPUs that it holds, the "
-    "fixed part of a step, contexts read (kv), decode, prefill, between_steps, or busy where no step-energy law is "
-    "known. Sums to joules per unit; unit is token (output tokens), image, frame, ...",
+    "Joules per unit that the engine made over the last half minute (up to ten minutes without step records), by part: "
+    "idle of the GPUs that it holds, the fixed part of a step, contexts read (kv), decode, prefill, between_steps "
+    "(requests active, no step running), or busy where no step-energy law is known. Sums to joules per unit; unit is "
+    "token (output tokens), image, frame, ... Work that no request or step tells of is not in it.",
     (*_ENGINE, "unit", "part"),
     ("idle", "fixed", "kv", "decode", "prefill", "between_steps", "busy"),
 )
@@ -441,22 +443,22 @@ ENGINE_REFERENCE_UNIT_ENERGY_JOULES = Metric(
 ENGINE_STEP_FIXED_JOULES = Metric(
     "jouletrace_engine_step_fixed_joules",
     "gauge",
-    "Fixed part a of the step-energy law a + b * batch: joules of a decode step however many sequences take part. Absent while "
-    "the batch has not varied enough to tell and no calibrated law was given.",
+    "Fixed part a of the step-energy law a + b * batch: joules of a decode step however many sequences take part. "
+    "Absent while the batch has not varied enough to tell and no calibrated law was given.",
     _ENGINE,
 )
 ENGINE_STEP_MARGINAL_JOULES = Metric(
     "jouletrace_engine_step_marginal_joules",
     "gauge",
-    "Marginal part b of the step-energy law a + b * batch: joules of one more sequence in a step. a / b is the batch at which half "
-    "of a step's energy is fixed.",
+    "Marginal part b of the step-energy law a + b * batch: joules of one more sequence in a step. a / b is the "
+    "batch at which half of a step's energy is fixed.",
     _ENGINE,
 )
 ENGINE_BATCH_SEQUENCES = Metric(
     "jouletrace_engine_batch_sequences",
     "gauge",
-    "Mean number of sequences in a decode step over the last half minute, or of active requests where the engine "
-    "reports no steps.",
+    "Mean number of sequences in a decode step over the last half minute, or of active requests over up to ten minutes "
+    "where the engine reports no steps.",
     _ENGINE,
 )
 ENGINE_QUEUE_REQUESTS = Metric(
@@ -469,8 +471,10 @@ ENGINE_QUEUE_REQUESTS = Metric(
 WASTED_ENERGY_JOULES = Metric(
     "jouletrace_wasted_energy_joules_total",
     "counter",
-    "Energy in joules that a named cause burned and somebody could have saved; a lower bound. parked: held without "
-    "any request for longer than diagnosis.parked_after. What cannot be shown to be avoidable is not in it.",
+    "Energy in joules that a named cause burned and somebody could have saved. parked: held without any request for "
+    "longer than diagnosis.parked_after, less what the GPU draws when nobody holds it; not counted before that level "
+    "has been seen once. throttling is an upper bound, the other causes are lower ones. What cannot be shown to be "
+    "avoidable is not in it.",
     (*_DEVICE, "cause"),
     tuple(WasteCause),
 )

@@ -8,9 +8,15 @@ import msgspec
 from jouletrace.clock import Clock
 from jouletrace.diagnosis.node import DeviceFinding, DiagnosisSnapshot, EngineFinding
 
+STALE_NS = 30 * 1_000_000_000
+"""A device whose newest span ended this long ago cannot be read now; a busy driver call takes seconds at most."""
+
 
 def diagnosis_document(snapshot: DiagnosisSnapshot, clock: Clock) -> dict[str, Any]:
-    """Return the answer, ready for JSON; times are wall-clock epoch nanoseconds, drivers are watts."""
+    """Return the answer, ready for JSON; times are wall-clock epoch nanoseconds, drivers are watts.
+
+    A device with `stale` is not read any more: what is said of it is of `end_ns`, not of now.
+    """
     return {
         "devices": [_device(found, snapshot, clock) for found in snapshot.devices],
         "engines": [_engine(engine_id, found, clock) for engine_id, found in snapshot.engines.items()],
@@ -24,6 +30,7 @@ def _device(found: DeviceFinding, snapshot: DiagnosisSnapshot, clock: Clock) -> 
         "uuid": found.uuid,
         "start_ns": clock.to_wall(found.start_ns),
         "end_ns": clock.to_wall(found.end_ns),
+        "stale": found.end_ns < clock.now_ns() - STALE_NS,
         "verdict": judgement.verdict,
         "since_ns": clock.to_wall(found.since_ns),
         "sentence": judgement.sentence,
