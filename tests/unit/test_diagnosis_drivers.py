@@ -22,7 +22,7 @@ from jouletrace.diagnosis.drivers import (
 )
 from jouletrace.diagnosis.signals import DeviceSignals
 from jouletrace.energy.baseline import IdleKind
-from jouletrace.gpu.readings import Link, Pipe
+from jouletrace.gpu.readings import DeviceInfo, Link, Pipe
 
 S = 1_000_000_000
 SIMPLE = Coefficients(
@@ -132,6 +132,28 @@ def test_without_gpm_there_is_static_and_the_rest_is_unexplained() -> None:
     assert found.confidence < 0.5
     partly = decompose(busy(dram_ratio=None), SIMPLE)
     assert found.confidence < partly.confidence < 1
+
+
+def test_a_lower_limit_makes_no_byte_cheaper() -> None:
+    capped = DeviceInfo("GPU-1", 0, "NVIDIA H100", "580", power_limit_watts=400.0, default_power_limit_watts=700.0)
+    assert capped.board_limit_watts == 700.0
+    assert model_of(capped.name, capped.board_limit_watts) == model_of(capped.name, 700.0)
+    # Where the driver does not tell, the enforced limit is all there is.
+    assert replace(capped, default_power_limit_watts=None).board_limit_watts == 400.0
+
+
+def test_a_span_with_garbage_teaches_nothing() -> None:
+    model = model_of("NVIDIA H200", 700.0)
+    clean, spoilt = Refinement(model), Refinement(model)
+    for second in range(600):
+        one = replace(busy(800.0), start_ns=second * S, end_ns=(second + 1) * S, idle_watts={})
+        one = replace(one, dram_ratio=0.2 + 0.5 * (second % 2))
+        clean.observe(replace(one, garbage=0.0))
+        spoilt.observe(replace(one, garbage=1.0))
+    clean.solve()
+    spoilt.solve()
+    assert any(factor != 1.0 for factor in clean.factors.values())
+    assert set(spoilt.factors.values()) == {1.0}
 
 
 def test_an_unknown_model_gets_scaled_coefficients_at_lower_confidence() -> None:

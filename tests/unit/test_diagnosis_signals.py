@@ -156,4 +156,18 @@ def test_senseless_values_are_dropped_and_counted() -> None:
     assert good.busy_ratio == {Pipe.TENSOR: 1.0}
     assert (good.energy_joules, good.dram_ratio, good.active_ratio, good.sm_clock_hertz) == (None,) * 4
     assert (good.bytes_per_second, good.utilization_ratio, good.idle_watts) == ({}, {}, {})
-    assert sound(good) == (good, 0)
+    assert sound(good) == (good, 9)
+
+
+def test_rejected_readings_are_counted_by_signal() -> None:
+    bad = {Pipe.SM: 0.8, Pipe.FP16: 1.5, Pipe.FP32: math.nan}
+    readings = [activity(tenth / 10, (tenth + 1) / 10, busy_ratio=bad, dram_ratio=0.6) for tenth in range(10)]
+    states = [state(0.5, clock_hertz={"sm": math.nan}, utilization_ratio={"gpu": 42e7, "memory": 0.5})]
+    spoilt = align(0, S, info=INFO, readings=readings, states=states)
+    assert (spoilt.garbage, sound(spoilt)) == (4, (spoilt, 4))
+    assert spoilt.busy_ratio == {Pipe.SM: pytest.approx(0.8)}
+    clean = align(S, 4 * S, info=INFO, readings=[activity(1, 4, 0.8, dram_ratio=0.6)])
+    assert clean.garbage == 0
+    # One second of four.
+    assert merge([spoilt, clean]).garbage == 1
+    assert merge([spoilt, DeviceSignals(S, 2 * S)]).garbage is None

@@ -34,3 +34,6 @@ def test_flags_say_what_was_done(phases: list[dict[str, Any]]) -> None:
     assert "fp32_pipe" in flags["matrix product fp32"]
     assert "power_capped" in flags["prefill 4096"] & flags["matrix product fp16"]
     assert not flags["decode 1 x 512"] | flags["idle"] | flags["decode 48 x 4096"]
+    # These began within 0.1 s of other work, whose flags are not theirs.
+    assert not flags["parked again"] | flags["decode 16, duty 30 % of 100 ms"]
+    assert flags["matrix product fp32"] == {"fp32_pipe"}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jouletrace.diagnosis.signals import ActiveSource, DeviceSignals
-from jouletrace.diagnosis.verdicts import Flag, Hysteresis, Thresholds, Verdict, flags_of, judge
+from jouletrace.diagnosis.verdicts import Flag, Hysteresis, Judgement, Thresholds, Verdict, judge
 from jouletrace.gpu.readings import Link, Pipe, ThrottleReason
 
 S = 1_000_000_000
@@ -140,17 +140,17 @@ def test_gpm_that_reads_nothing_at_the_power_of_work_is_not_believed() -> None:
 )
 def test_flags(changed: dict[str, object], flag: Flag) -> None:
     plain = loaded(0.7, 0.6, 0.05)
-    assert flags_of(plain) == ()
-    assert flags_of(replace(plain, **changed)) == (flag,)
+    assert judge(plain).flags == ()
+    assert judge(replace(plain, **changed)).flags == (flag,)
 
 
 def test_what_is_no_reason_to_flag() -> None:
-    assert flags_of(loaded(0.7, 0.6, 0.05, throttled_ratio={ThrottleReason.SW_POWER_CAP: 0.01})) == ()
+    assert judge(loaded(0.7, 0.6, 0.05, throttled_ratio={ThrottleReason.SW_POWER_CAP: 0.01})).flags == ()
     # Idle clocks are low by design, event reasons 0x1 and 0x2 are idle and application clocks.
-    assert flags_of(device(79.0, 0.0, sm_clock_hertz=0.345e9, event_reasons=0x1)) == ()
-    assert flags_of(loaded(0.7, 0.6, 0.05, event_reasons=0x2)) == ()
+    assert judge(device(79.0, 0.0, sm_clock_hertz=0.345e9, event_reasons=0x1)).flags == ()
+    assert judge(loaded(0.7, 0.6, 0.05, event_reasons=0x2)).flags == ()
     # FP32 work while tensor pipes cannot be read may be anything.
-    assert flags_of(device(500.0, busy_ratio={Pipe.SM: 0.97, Pipe.FP32: 0.76})) == ()
+    assert judge(device(500.0, busy_ratio={Pipe.SM: 0.97, Pipe.FP32: 0.76})).flags == ()
 
 
 def test_utilization_that_copies_cause_is_flagged_as_misleading() -> None:
@@ -258,6 +258,97 @@ def test_a_load_that_alternates_does_not_flap() -> None:
 def test_bursts_each_two_seconds_are_one_underutilized_device() -> None:
     burst, pause = loaded(0.3, 0.1, 0.27, active=0.3), device(125.0, 0.0)
     assert set(over_time(Hysteresis(), *[burst, pause] * 20)) == {Verdict.UNDERUTILIZED}
+
+
+def judgements(*course: DeviceSignals, seconds: float = 1.0) -> list[Judgement]:
+    hysteresis, length_ns = Hysteresis(), round(seconds * S)
+    return [
+        hysteresis.update(replace(one, start_ns=at * length_ns, end_ns=(at + 1) * length_ns))
+        for at, one in enumerate(course)
+    ]
+
+
+PARKED = device(121.0, 0.0, held=True, active_ratio=0.0)
+
+
+def test_a_change_is_not_confirmed_before_it_is_sure() -> None:
+    found = judgements(*[PARKED] * 5, *[MEMORY] * 5)
+    sure = [one.confirmed for one in found]
+    # The first busy second could be the beginning of a change, and two busy ones in a row are the change.
+    assert sure[:6] == [True] * 5 + [False]
+    won = sure.index(True, 5)
+    assert won <= 8
+    assert {one.verdict for one in found[won:]} == {Verdict.MEMORY_BOUND}
+    # Meanwhile no sentence says that nothing runs beside the watts of work.
+    for one in found[5:won]:
+        assert "nothing runs" not in one.sentence
+        assert "the newest alone is memory_bound" in one.sentence
+        assert one.evidence["watts"] == MEMORY.energy_joules
+
+
+def test_the_seconds_before_a_change_are_not_confirmed_either() -> None:
+    # 3 s of which the oldest are still busy make a roll that is: the newest second alone tells of the end.
+    found = judgements(*[MEMORY] * 5, *[PARKED] * 6)
+    assert not found[5].confirmed
+    assert found[5].sentence.startswith("memory_bound by the seconds before; the newest alone is parked: ")
+    assert found[5].evidence["watts"] == pytest.approx(121.0)
+    # What the roll says in between (a third of the time active: underutilized) is never booked.
+    assert {one.verdict for one in found[5:] if one.confirmed} == {Verdict.PARKED}
+
+
+def test_an_odd_second_is_booked_with_its_neighbours() -> None:
+    found = judgements(*[MEMORY] * 5, COMPUTE, *[MEMORY] * 5)
+    assert [one.confirmed for one in found] == [True] * 5 + [False] + [True] * 5
+
+
+def test_nothing_waits_longer_than_the_patience() -> None:
+    burst, pause = loaded(0.3, 0.1, 0.27, active=0.3), device(125.0, 0.0, held=True)
+    for course in ([burst, pause, pause] * 20, [MEMORY, COMPUTE] * 30):
+        waited = longest = 0
+        for one in judgements(*course):
+            waited = 0 if one.confirmed else waited + 1
+            longest = max(longest, waited)
+        assert 0 < longest < 5
+
+
+@pytest.mark.parametrize("seconds", [2.0, 5.0])
+def test_longer_spans_do_not_wait_longer(seconds: float) -> None:
+    """As in a replay at several times the speed: what holds is a time, not a number of spans."""
+    found = judgements(*[PARKED] * 3, *[MEMORY] * 3, seconds=seconds)
+    late = [one.verdict for one in found[3:]]
+    assert late[1:] == [Verdict.MEMORY_BOUND] * 2
+    if seconds == 5.0:
+        assert late[0] is Verdict.MEMORY_BOUND
+        assert all(one.confirmed for one in found)
+
+
+def test_garbage_lowers_the_confidence_of_aligned_signals() -> None:
+    clean = replace(MEMORY, garbage=0.0)
+    assert judge(replace(clean, garbage=1.0)).confidence == pytest.approx(0.8 * judge(clean).confidence)
+    # Garbage throughout is no more than three: what is left is judged for what it is.
+    assert judge(replace(clean, garbage=12.0)).confidence == pytest.approx(0.8**3 * judge(clean).confidence)
+
+
+def test_who_holds_a_device_is_not_claimed_where_nobody_can_tell() -> None:
+    resting = device(121.0, 0.0, held=None, idle_watts={}, sm_clock_hertz=None)
+    found = judge(resting)
+    assert "whether a process holds the device is not known" in found.sentence
+    assert "no process holds" not in found.sentence
+    near = judge(replace(resting, idle_watts={"bare": 79.0, "parked": 121.0}))
+    assert near.verdict is Verdict.PARKED
+    assert near.sentence.endswith("is not known, the power is nearer to the parked level.")
+    assert judge(replace(resting, held=False)).sentence == "idle: no process holds the device, 121 W drawn."
+
+
+def test_the_parked_level_is_guessed_from_the_board_not_from_a_lower_limit() -> None:
+    # A board of 700 W (parked at about 119 W) capped at 300 W: 121 W is no work, though it is 30 % of the way to 300 W
+    # from a parked level of 0.17 * 300 W.
+    resting = device(
+        121.0, None, dram_ratio=None, busy_ratio={}, utilization_ratio={"gpu": 0.0}, idle_watts={},
+        power_limit_watts=300.0, board_limit_watts=700.0,
+    )  # fmt: skip
+    assert judge(resting).verdict is Verdict.PARKED
+    assert judge(replace(resting, board_limit_watts=None)).verdict is Verdict.BALANCED
 
 
 def test_flags_are_those_of_the_second_itself() -> None:

@@ -14,6 +14,7 @@ from jouletrace.energy.baseline import (
     decode,
     encode,
     holds_context,
+    work_watts,
 )
 from jouletrace.energy.meter import EnergySource, Meter
 from jouletrace.gpu.readings import PowerSamples
@@ -193,3 +194,12 @@ def test_state_file_round_trip() -> None:
 def test_a_state_file_that_makes_no_sense_is_refused_with_a_reason(content: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         decode(content)
+
+
+def test_the_power_of_work_is_clearly_above_the_parked_level() -> None:
+    # An H200: warm and parked 128 W and host copies 130 W are no certain work, a loop of tiny kernels (189 W) is.
+    assert 130 < (work_watts(121.0, 700.0) or 0.0) < 189
+    assert work_watts(None, 700.0) == pytest.approx(210)
+    # A level that cannot be right is none.
+    assert work_watts(900.0, 700.0) == work_watts(None, 700.0)
+    assert work_watts(121.0, None) is None

@@ -74,6 +74,7 @@ def test_what_does_not_change(simulate: NodeFactory) -> None:
     assert info.peak_dram_bytes_per_second == pytest.approx(4.8e12, rel=0.01)
     assert info.max_sm_clock_hertz == 1980e6
     assert info.power_limit_watts == 650
+    assert info.board_limit_watts == info.default_power_limit_watts == 700
     assert not info.mig_enabled
 
 

@@ -535,6 +535,47 @@ def test_idle_levels_are_learnt(simulate: NodeFactory, profile: str, levels: Seq
     assert learnt[IdleKind.PARKED].watts == pytest.approx(parked, rel=0.01)
 
 
+UTILIZATION = "nvmlDeviceGetUtilizationRates"
+
+
+@pytest.mark.parametrize(
+    ("profile", "faults"),
+    [
+        ("h200", []),
+        # Ampere has no GPM, and MIG mode no duty cycles either: power alone is left.
+        ("a100", []),
+        ("a100", [Fault.error(UTILIZATION, 3)]),
+        ("h200", [Fault.error("nvmlGpmSampleGet", 3), Fault.error(UTILIZATION, 3)]),
+    ],
+)
+def test_work_is_told_from_rest_with_whatever_there_is(
+    simulate: NodeFactory, profile: str, faults: Sequence[Fault]
+) -> None:
+    busy_from, busy_until = 20, 50
+    node = simulate(
+        Device(
+            profile,
+            Steps([(0, 90), (busy_from, 350), (busy_until, 90)], active_above_watts=200),
+            gpm={"graphics_util": (95.0, 0.0), "sm_util": (80.0, 0.0)} if profile == "h200" else {},
+            state={"util_pct": (97, 0), "memory_util_pct": (50, 0)},
+            processes=[Process(77, 2000)],
+        ),
+        faults=faults,
+    ).begin()
+    node.run(80)
+    [live] = node.sampler.live_devices()
+    ends_ns = [end_ns for end_ns, _ in live.activities]
+    assert ends_ns == sorted(set(ends_ns))
+    # All of the time is known, but for what the newest reading leaves.
+    assert max(np.diff([START_NS, *ends_ns, START_NS + 80 * NS])) < 3 * NS
+    for end_ns, ratio in live.activities:
+        second = (end_ns - START_NS) / NS
+        if busy_from + 2.5 < second < busy_until:
+            assert ratio > 0.5, second
+        elif second < busy_from or second > busy_until + 2.5:
+            assert ratio <= 0.01, second
+
+
 def test_levels_of_before_are_known_from_the_start(simulate: NodeFactory) -> None:
     node = simulate(Device(power=Constant(79))).begin()
     node.run(60)

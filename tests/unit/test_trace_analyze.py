@@ -11,6 +11,7 @@ from jouletrace.trace.recording import Recording, RecordingError, Stream, read
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "exporter/jouletrace/demo/recording.json.gz"
 CHUNKED = REPOSITORY / "tests/data/h200-c-chunked.json.gz"
+UNSEEN = REPOSITORY / "tests/data/h200-d-unseen.json.gz"
 S = 1_000_000_000
 COUNTER_AGE_NS = 20_000_000
 """Mean age of a stored counter value: a change, seen by a poll each 30 ms (plus 2-25 ms for the call)."""
@@ -118,7 +119,7 @@ def test_longer_than_the_timeline_is_deep() -> None:
     # Each piece that the window is added up from has edges of its own.
     assert phase["high"] - phase["low"] < 300
     assert result["energy_joules"] == pytest.approx(360_000, rel=1e-9)
-    assert result["warnings"] == []
+    assert [one for one in result["warnings"] if not one.startswith("Neither GPM")] == []
 
 
 def test_phases_nest_and_repeat() -> None:
@@ -146,7 +147,7 @@ def test_phases_without_end_or_start() -> None:
     )
     result = analyze(replace(steady(100, 10), events=events))
     assert [round(p["energy_joules"]) for p in result["phases"]] == [300, 600]
-    assert len(result["warnings"]) == 3
+    assert len(result["warnings"]) == 4
     assert "never begun" in result["warnings"][0]
     assert "a at" in result["warnings"][1]
 
@@ -178,6 +179,65 @@ def test_a_counter_reset_is_told_and_left_out() -> None:
     result = analyze(replace(demo, streams={**demo.streams, "energy_counter": broken}))
     assert any("set back" in warning for warning in result["warnings"])
     assert result["counter_joules"] == pytest.approx(result["energy_joules"], rel=2e-3)
+
+
+def test_work_of_nobody_is_not_called_parked_without_gpm() -> None:
+    demo = read(DEMO)
+    with_gpm = analyze(demo)["ledger"]
+    for broken in (without(demo, "gpm_100ms"), with_activity(demo, np.nan), with_activity(demo, 150.0)):
+        ledger = analyze(broken)["ledger"]
+        assert ledger["idle_joules"]["parked"] == pytest.approx(with_gpm["idle_joules"]["parked"], rel=0.02)
+        assert ledger["unattributed_joules"] == pytest.approx(with_gpm["unattributed_joules"], rel=0.01)
+
+
+def with_activity(recording: Recording, value: float) -> Recording:
+    gpm = recording.streams["gpm_100ms"]
+    values = {name: np.full(len(gpm), value) for name in gpm.values}
+    return replace(recording, streams={**recording.streams, "gpm_100ms": Stream(gpm.t_ns, values)})
+
+
+def test_rows_that_say_nothing_are_neither_work_nor_rest() -> None:
+    demo = read(DEMO)
+    gpm = demo.streams["gpm_100ms"]
+    rng = np.random.default_rng(1)
+    for value in (np.nan, 150.0):
+        lost = rng.random(len(gpm)) < 0.5
+        values = {name: np.where(lost, value, column) for name, column in gpm.values.items()}
+        torn = replace(demo, streams={**demo.streams, "gpm_100ms": Stream(gpm.t_ns, values)})
+        assert analyze(torn)["ledger"]["idle_joules"]["parked"] == pytest.approx(7_870, rel=0.1)
+
+
+def test_power_alone_tells_heavy_work_from_rest_and_says_so() -> None:
+    demo = read(DEMO)
+    result = analyze(replace(demo, streams={"power_ring_20ms": demo.streams["power_ring_20ms"]}))
+    # Bare, parked, host copies, tiny kernels, the pauses of light work: of 116 kJ not more than a tenth.
+    assert 7_000 < sum(result["ledger"]["idle_joules"].values()) < 12_000
+    [warning] = result["warnings"]
+    assert "lighter work counts as idle" in warning
+    nameless = analyze(steady(300, 20))
+    assert "both count as idle" in nameless["warnings"][0]
+
+
+@pytest.mark.parametrize("path", [DEMO, CHUNKED, UNSEEN])
+def test_the_ledger_has_the_energy_of_the_whole(path: Path) -> None:
+    result = analyze(read(path))
+    assert result["ledger"]["device_joules"] == pytest.approx(result["energy_joules"], rel=1e-9)
+    # A counter's last row before the ring's end: what comes behind it is not the account's.
+    assert isinstance(result["ledger"]["attributed_joules"], float)
+
+
+def test_a_phase_of_which_nothing_is_known_has_no_numbers() -> None:
+    events = (
+        event("phase_start", 2, "known"),
+        event("phase_end", 8, "known"),
+        event("phase_start", 20, "later"),
+        event("phase_end", 25, "later"),
+    )
+    result = analyze(replace(steady(100, 10), events=events))
+    known, later = result["phases"]
+    assert known["energy_joules"] == pytest.approx(600)
+    assert [later[key] for key in ("energy_joules", "low", "high", "average_watts")] == [None] * 4
+    assert (later["verdict"], later["confidence"], later["flags"], later["drivers"]) == (None, None, [], {})
 
 
 def test_nothing_to_add_up_is_a_sentence() -> None:

@@ -120,6 +120,16 @@ def test_the_phases_in_figures() -> None:
     assert "power_capped" in page.row("5")[5]
 
 
+def test_a_phase_of_which_nothing_is_known_shows_dashes() -> None:
+    found = result()
+    nothing = dict.fromkeys(("energy_joules", "low", "high", "average_watts", "verdict", "confidence"))
+    found["phases"].append({**phase(7, "idle", flags=[], drivers={}, evidence={}), **nothing})
+    page = Page(render(found, recording(), series()))
+    row = page.row("8")
+    assert row[1].startswith("phase7")
+    assert row[2:] == ["10.00", "–", "–", "–", "–", "–"]
+
+
 def test_the_account_adds_up() -> None:
     page = Page(render(result(), recording(), series()))
     names = ("requests", "parked: held, no work", "bare idle: nobody there", "work of no known request")

@@ -225,3 +225,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_writing_into_no_folder_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match="a folder that exists"):
         write(tmp_path / "away" / "x.json.gz", read(pack(tmp_path, SOUND)))
+
+
+def test_the_boards_own_limit_is_kept_beside_the_enforced_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.json.gz"
+    streams = {"power_instant": Stream(np.array([1, 2]), {"mw": np.array([1.0, 2.0])})}
+    write(path, Recording({"enforced_limit_mw": 400_000, "default_limit_mw": 700_000}, streams))
+    info = device_info(read(path))
+    assert (info.power_limit_watts, info.board_limit_watts) == (400, 700)
+    # Recordings made before it was written down.
+    assert device_info(Recording({"enforced_limit_mw": 400_000}, {})).board_limit_watts == 400

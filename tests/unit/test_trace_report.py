@@ -4,7 +4,7 @@ import re
 import pytest
 from tests.diagnosed import VERDICTS, phase, request, result, undiagnosed
 
-from jouletrace.trace.report import LONGEST_TEXT, Terminal, cells, render
+from jouletrace.trace.report import LONGEST_TEXT, Terminal, cells, joules_by_verdict, phase_labels, render
 
 ANSI = re.compile("\x1b\\[[0-9;]*m")
 
@@ -166,3 +166,31 @@ def test_the_encoding_decides_on_letters(encoding: str, unicode: bool) -> None:
 )
 def test_cells_add_up(parts: list[float], expected: list[int]) -> None:
     assert cells(parts, 10) == expected
+
+
+def test_labels_are_broken_at_separators_and_lists_are_no_python() -> None:
+    expected = ["balanced", "compute_bound", "memory_bound"]
+    phases = [phase(0, "idle", name="matrix product fp16", labels={"expected": expected, "batch": 96})]
+    lines = render({**result(), "phases": phases}, Terminal(60)).splitlines()
+    text = "\n".join(lines)
+    assert "['" not in text
+    assert phase_labels(phases[0]) == "expected=balanced|compute_bound|memory_bound batch=96"
+    left = [line.split("  ")[0] for line in lines[1 : lines.index("")]]
+    assert "".join(left).replace(" ", "") == "matrixproductfp16expected=balanced|compute_bound|memory_boundbatch=96"
+    assert all(part.endswith(("|", "_", "=")) for part in left if part and not part[-1].isalnum())
+    assert "bound|" in text
+
+
+def test_a_word_longer_than_its_column_is_cut() -> None:
+    phases = [phase(0, "idle", name="x" * 70, labels={"名": "漢" * 40})]
+    lines = render({**result(), "phases": phases}, Terminal(60, unicode=True)).splitlines()
+    assert sum(line.split("  ")[0].count("x") for line in lines) == 70
+    assert sum(line.count("漢") for line in lines) == 40
+
+
+def test_a_phase_of_which_nothing_is_known_shows_dashes() -> None:
+    nothing = dict.fromkeys(("energy_joules", "low", "high", "average_watts", "verdict", "confidence"))
+    phases = [phase(0, "idle"), {**phase(1, "idle", flags=[], drivers={}, evidence={}), **nothing}]
+    lines = render({**result(), "phases": phases}, Terminal(140)).splitlines()
+    assert lines[2].split()[2:8] == ["10.00", "-", "-", "-", "-", "-"]
+    assert joules_by_verdict(phases) == [("idle", 1, 1000.0)]

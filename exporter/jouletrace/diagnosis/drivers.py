@@ -61,10 +61,10 @@ DRIVER_OF: Mapping[Term, Driver] = {
     Term.INTEGER: Driver.OTHER_COMPUTE,
     Term.LINKS: Driver.LINKS,
 }
-TERMS = tuple(Term)
+TERMS, DRIVERS, LINKS = tuple(Term), tuple(Driver), tuple(Link)
 
 GENERIC_MODEL = "NVIDIA H200"
-"""Whose coefficients stand in for a model without its own, scaled by the power limit: the only one measured."""
+"""Whose coefficients stand in for a model without its own, scaled by the board's power limit: the only one measured."""
 GENERIC_CONFIDENCE = 0.5
 """Of coefficients that are another model's."""
 NO_ACTIVITY_CONFIDENCE = 0.3
@@ -146,15 +146,19 @@ def shipped() -> Mapping[str, Coefficients]:
     return msgspec.json.decode(content, type=ShippedCoefficients).models
 
 
-def model_of(gpu_name: str, power_limit_watts: float | None) -> Model:
-    """Return the coefficients of a GPU: its model's own, or the generic ones scaled by its power limit."""
+def model_of(gpu_name: str, board_limit_watts: float | None) -> Model:
+    """Return the coefficients of a GPU: its model's own, or the generic ones scaled by what its board was made for.
+
+    Give `DeviceInfo.board_limit_watts`, not the enforced limit: a lower limit makes the same work slower (which the
+    clock shows), and does not make a byte or a floating-point operation cheaper.
+    """
     own = shipped().get(gpu_name)
     if own is not None:
         return Model(own, 1.0)
     generic = shipped()[GENERIC_MODEL]
-    if power_limit_watts is None or not 0 < power_limit_watts < float("inf"):
+    if board_limit_watts is None or not 0 < board_limit_watts < float("inf"):
         return Model(generic, GENERIC_CONFIDENCE / 2, generic=True)
-    return Model(generic.scaled(power_limit_watts), GENERIC_CONFIDENCE, generic=True)
+    return Model(generic.scaled(board_limit_watts), GENERIC_CONFIDENCE, generic=True)
 
 
 def decompose(signals: DeviceSignals, coefficients: Coefficients, confidence: float = 1.0) -> Decomposition:
@@ -168,7 +172,7 @@ def decompose(signals: DeviceSignals, coefficients: Coefficients, confidence: fl
     if energy is None or signals.seconds <= 0:
         return Decomposition({}, None, 0.0)
     static = static_watts(signals, coefficients) * signals.seconds
-    joules = dict.fromkeys(Driver, 0.0)
+    joules = dict.fromkeys(DRIVERS, 0.0)
     dynamic = 0.0
     for term, watts in zip(TERMS, term_watts(signals, coefficients), strict=True):
         joules[DRIVER_OF[term]] += watts * signals.seconds
@@ -213,7 +217,7 @@ def term_inputs(signals: DeviceSignals) -> list[float]:
         busy.get(Pipe.SM, 0.0),
         busy.get(Pipe.FP16, 0.0) + busy.get(Pipe.FP32, 0.0) + busy.get(Pipe.FP64, 0.0),
         busy.get(Pipe.INTEGER, 0.0),
-        sum(signals.bytes_per_second.get(link, 0.0) for link in Link) / 1e9,
+        sum(signals.bytes_per_second.get(link, 0.0) for link in LINKS) / 1e9,
     ]
 
 

@@ -45,6 +45,8 @@ IDLE_SM_RATIO = 0.005
 """SM activity up to this is none: a single busy one of an H200's 132 SMs reads 0.0076."""
 TYPICAL_SM_PART = 0.7
 """SM activity while anything runs, where nothing else is known: H200 phases hold 0.63 (decode, batch 1) to 0.98."""
+SOUND_POSITIVE = (1e-3, 1e12)
+"""Watts and hertz outside of this are garbage."""
 HIGHEST_LINK_BYTES_PER_SECOND = 2e12
 """More than this on one link direction is garbage (NVLink 5: 0.9e12)."""
 
@@ -60,6 +62,9 @@ class ActiveSource(StrEnum):
     """NVML's utilization, a duty cycle that counts copies too, kept above SM activity."""
     SM = "sm"
     """SM activity alone, a lower bound."""
+
+
+ACTIVE_SOURCES = tuple(ActiveSource)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,8 @@ class DeviceSignals:
     """Highest less lowest SM clock that was seen in the span and on its edges, as a part of the highest."""
     max_sm_clock_hertz: float | None = None
     power_limit_watts: float | None = None
+    board_limit_watts: float | None = None
+    """What the board was made for, whatever the operator has set: `DeviceInfo.board_limit_watts`."""
     event_reasons: int | None = None
     """Bit mask of clock event reasons, all that were seen in the span."""
     throttled_ratio: Mapping[ThrottleReason, float] = field(default_factory=dict)
@@ -95,8 +102,9 @@ class DeviceSignals:
     idle_watts: Mapping[str, float] = field(default_factory=dict)
     """Learnt idle levels by kind (`bare`, `parked`)."""
     mig_enabled: bool = False
-    checked: bool = False
-    """Whether `sound` has looked at it already."""
+    garbage: float | None = None
+    """How many signals came with values that make no sense, which are left out here; of several spans the mean over
+    time. None: `sound` has not looked at these signals yet."""
 
     @property
     def seconds(self) -> float:
@@ -144,7 +152,8 @@ def align(
 
     `readings`, `states` and `healths` are oldest first and may reach beyond the span; GPM intervals count by how
     much of them falls into it, so the edges should be interval ends (`next_span`). Energy is absent unless the
-    timeline holds the whole span. The last GRAPHICS reading before the span, and the readings of its time, let
+    timeline holds the whole span. Values that make no sense are left out, and the signals that had any are counted.
+    The last GRAPHICS reading before the span, and the readings of its time, let
     SM activity tell how long kernels ran.
     """
     joules = None
@@ -153,10 +162,11 @@ def align(
     inside = [one for one in readings if one.end_ns > start_ns and one.start_ns < end_ns]
     recent = [one for one in states if one.t_ns > start_ns - RECENT_NS]
     seen = [one for one in recent if start_ns < one.t_ns <= end_ns]
-    dram, busy, links = _means(inside, start_ns, end_ns)
-    utilization = _utilization(seen)
+    rejected: set[Hashable] = set()
+    dram, busy, links = _means(inside, start_ns, end_ns, rejected)
+    utilization = _utilization(seen, rejected)
     active, source = _active(busy, utilization.get("gpu"), readings, start_ns, end_ns)
-    clock, swing = _clock(recent, seen, start_ns)
+    clock, swing = _clock(recent, seen, start_ns, rejected)
     reasons: int | None = None
     for state in seen:
         if state.event_reasons is not None:
@@ -177,6 +187,7 @@ def align(
         sm_clock_swing=swing,
         max_sm_clock_hertz=_sound_positive(info.max_sm_clock_hertz),
         power_limit_watts=_sound_positive(info.power_limit_watts if limit is None else limit),
+        board_limit_watts=_sound_positive(info.board_limit_watts),
         event_reasons=reasons,
         throttled_ratio=_throttled(recent, start_ns, end_ns),
         utilization_ratio=utilization,
@@ -184,7 +195,7 @@ def align(
         processes=None if health is None or health.processes is None else len(health.processes),
         idle_watts={} if idle_watts is None else _sound_mapping(idle_watts, _sound_positive),
         mig_enabled=info.mig_enabled,
-        checked=True,
+        garbage=float(len(rejected)),
     )
 
 
@@ -220,7 +231,6 @@ def merge(spans: Sequence[DeviceSignals]) -> DeviceSignals:
             reasons = (reasons or 0) | one.event_reasons
     joules = [one.energy_joules for one in spans]
     sources = [one.active_source for one in spans if one.active_source is not None]
-    order = list(ActiveSource)
     return replace(
         last,
         start_ns=first.start_ns,
@@ -229,20 +239,30 @@ def merge(spans: Sequence[DeviceSignals]) -> DeviceSignals:
         busy_ratio=means([one.busy_ratio for one in spans]),
         bytes_per_second=means([one.bytes_per_second for one in spans]),
         active_ratio=mean([one.active_ratio for one in spans]),
-        active_source=max(sources, key=order.index, default=None),
+        active_source=max(sources, key=ACTIVE_SOURCES.index, default=None),
         sm_clock_hertz=mean([one.sm_clock_hertz for one in spans]),
         sm_clock_swing=max((one.sm_clock_swing for one in spans if one.sm_clock_swing is not None), default=None),
         event_reasons=reasons,
         throttled_ratio=means([one.throttled_ratio for one in spans]),
         utilization_ratio=means([one.utilization_ratio for one in spans]),
-        checked=all(one.checked for one in spans),
+        garbage=_mean_garbage(spans, lengths_ns),
     )
 
 
-def sound(signals: DeviceSignals) -> tuple[DeviceSignals, int]:
-    """Return the signals without values that make no sense (NaN, out of range), and how many of these there were."""
-    if signals.checked:
-        return signals, 0
+def _mean_garbage(spans: Sequence[DeviceSignals], lengths_ns: Sequence[int]) -> float | None:
+    """Return the mean over time; None when `sound` has yet to look at one of the spans."""
+    found = 0.0
+    for one, length_ns in zip(spans, lengths_ns, strict=True):
+        if one.garbage is None:
+            return None
+        found += one.garbage * length_ns
+    return found / max(sum(lengths_ns), 1)
+
+
+def sound(signals: DeviceSignals) -> tuple[DeviceSignals, float]:
+    """Return the signals without values that make no sense (NaN, out of range), and how many signals had any."""
+    if signals.garbage is not None:
+        return signals, signals.garbage
     busy = _sound_mapping(signals.busy_ratio, sound_ratio)
     links = _sound_mapping(signals.bytes_per_second, _sound_rate)
     throttled = _sound_mapping(signals.throttled_ratio, sound_ratio)
@@ -251,13 +271,15 @@ def sound(signals: DeviceSignals) -> tuple[DeviceSignals, int]:
     dram, active = sound_ratio(signals.dram_ratio), sound_ratio(signals.active_ratio)
     clock, limit = _sound_positive(signals.sm_clock_hertz), _sound_positive(signals.power_limit_watts)
     top, swing = _sound_positive(signals.max_sm_clock_hertz), sound_ratio(signals.sm_clock_swing)
+    board = _sound_positive(signals.board_limit_watts)
     joules = signals.energy_joules if signals.energy_joules is None or 0 <= signals.energy_joules < 1e12 else None
-    kept = (dram, active, clock, limit, top, swing, joules)
+    kept = (dram, active, clock, limit, board, top, swing, joules)
     given = (
         signals.dram_ratio,
         signals.active_ratio,
         signals.sm_clock_hertz,
         signals.power_limit_watts,
+        signals.board_limit_watts,
         signals.max_sm_clock_hertz,
         signals.sm_clock_swing,
         signals.energy_joules,
@@ -282,11 +304,12 @@ def sound(signals: DeviceSignals) -> tuple[DeviceSignals, int]:
         sm_clock_swing=swing,
         max_sm_clock_hertz=top,
         power_limit_watts=limit,
+        board_limit_watts=board,
         throttled_ratio=throttled,
         utilization_ratio=utilization,
         idle_watts=idle,
-        checked=True,
-    ), dropped
+        garbage=float(dropped),
+    ), float(dropped)
 
 
 def sound_ratio(value: float | None) -> float | None:
@@ -301,7 +324,7 @@ def _sound_rate(value: float) -> float | None:
 
 
 def _sound_positive(value: float | None) -> float | None:
-    return value if value is not None and 0.0 < value < float("inf") else None
+    return value if value is not None and SOUND_POSITIVE[0] < value < SOUND_POSITIVE[1] else None
 
 
 def _sound_mapping(values: Mapping[Key, float], check: Callable[[float], float | None]) -> Mapping[Key, float]:
@@ -345,9 +368,11 @@ class _Sums(Generic[Key]):
 
 
 def _means(
-    readings: Sequence[ActivityReading], start_ns: int, end_ns: int
+    readings: Sequence[ActivityReading], start_ns: int, end_ns: int, rejected: set[Hashable]
 ) -> tuple[float | None, dict[Pipe, float], dict[Link, float]]:
     """Return the means over a span of DRAM, pipes and links; absent is what is given for less than half of it.
+
+    What came with values that make no sense is added to `rejected`.
 
     GRAPHICS is taken from readings that are not much longer than the span, and from nearly all of it: a mean over
     a longer time is one of other work, too.
@@ -360,16 +385,20 @@ def _means(
         fits = one.end_ns - one.start_ns <= 2 * span_ns
         if (ratio := sound_ratio(one.dram_ratio)) is not None:
             dram.add(None, ratio, overlap_ns)
+        elif one.dram_ratio is not None:
+            rejected.add("dram")
         for pipe, given in one.busy_ratio.items():
             if (ratio := sound_ratio(given)) is None:
-                continue
-            if pipe is not Pipe.GRAPHICS:
+                rejected.add(pipe)
+            elif pipe is not Pipe.GRAPHICS:
                 busy.add(pipe, ratio, overlap_ns)
             elif fits or len(one.busy_ratio) > 1:
                 graphics.add(pipe, ratio, overlap_ns)
         for link, rate in one.bytes_per_second.items():
             if _sound_rate(rate) is not None:
                 links.add(link, rate, overlap_ns)
+            else:
+                rejected.add(link)
     least_ns = LEAST_COVERED * span_ns
     pipes = busy.means(least_ns) | graphics.means(MOST_COVERED * span_ns)
     return dram.means(least_ns).get(None), pipes, links.means(least_ns)
@@ -407,10 +436,10 @@ def _sm_part(readings: Sequence[ActivityReading], start_ns: int, end_ns: int) ->
         if one.end_ns < start_ns - LOOK_BACK_NS:
             return None
         amount, weight_ns = 0.0, 0
-        for other in readings:
-            if other.end_ns <= one.start_ns or other.start_ns >= one.end_ns:
-                continue
-            sm = sound_ratio(other.busy_ratio.get(Pipe.SM))
+        for other in reversed(readings):
+            if other.end_ns <= one.start_ns:
+                break
+            sm = sound_ratio(other.busy_ratio.get(Pipe.SM)) if other.start_ns < one.end_ns else None
             if sm is not None:
                 overlap_ns = min(other.end_ns, one.end_ns) - max(other.start_ns, one.start_ns)
                 amount, weight_ns = amount + sm * overlap_ns, weight_ns + overlap_ns
@@ -421,19 +450,21 @@ def _sm_part(readings: Sequence[ActivityReading], start_ns: int, end_ns: int) ->
     return None
 
 
-def _utilization(states: Sequence[StateReading]) -> dict[str, float]:
+def _utilization(states: Sequence[StateReading], rejected: set[Hashable]) -> dict[str, float]:
     """Return the means of NVML's duty cycles."""
     values: dict[str, list[float]] = {}
     for state in states:
         for kind, given in state.utilization_ratio.items():
             ratio = sound_ratio(given)
-            if ratio is not None:
+            if ratio is None:
+                rejected.add(("utilization", kind))
+            else:
                 values.setdefault(kind, []).append(ratio)
     return {kind: sum(found) / len(found) for kind, found in values.items()}
 
 
 def _clock(
-    recent: Sequence[StateReading], seen: Sequence[StateReading], start_ns: int
+    recent: Sequence[StateReading], seen: Sequence[StateReading], start_ns: int, rejected: set[Hashable]
 ) -> tuple[float | None, float | None]:
     """Return the mean SM clock of a span, and its swing with the states around the span."""
 
@@ -441,6 +472,8 @@ def _clock(
         return _sound_positive(state.clock_hertz.get("sm"))
 
     inside = [hertz for state in seen if (hertz := clock(state)) is not None]
+    if len(inside) < len(seen) and any("sm" in state.clock_hertz and clock(state) is None for state in seen):
+        rejected.add("clock")
     around = [hertz for state in recent if 0 <= start_ns - state.t_ns < EDGE_NS and (hertz := clock(state)) is not None]
     every = inside + around
     if not every:

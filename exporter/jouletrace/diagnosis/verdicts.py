@@ -80,8 +80,8 @@ class Thresholds:
     """Throttled for more than this part of the span, by the driver's own count, where no event reason was seen."""
     fp32_ratio: float = 0.4
     """FP32 pipe from this on is heavy: the middle of 0.18 (elementwise) and 0.77 (FP32 matrix product), H200."""
-    idle_tensor_ratio: float = 0.05
-    """Tensor pipes up to this are idle (FP32 matrix product 0.000, decode at batch 16 0.051, H200)."""
+    idle_tensor_ratio: float = 0.01
+    """Tensor pipes below this are idle (FP32 matrix product 0.000, decode at batch 1 0.024, H200)."""
     conflict_power_ratio: float = 0.15
     """GPM that shows nothing while power is further than this part of the way from parked to the limit is not
     believed (host copies without any kernel: 0.015)."""
@@ -90,12 +90,13 @@ class Thresholds:
     and decode (0.76), H200."""
     inferred_compute_power_ratio: float = 0.5
     """Without GPM and with little memory utilization, compute needs this part of the way from parked to the limit
-    (FP32 matrix product 0.81; a loop of tiny kernels 0.11, H200)."""
+    (FP32 matrix product 0.81; loops of tiny kernels 0.002 and 0.11, H200)."""
     inferred_transfer_power_ratio: float = 0.05
-    """Without GPM, a device that says it is busy at less power than this does no work on its SMs (host copies 0.015,
-    a loop of tiny kernels 0.11, H200)."""
+    """Without GPM, a device that says it is busy for half of the time at less power than this does no work on its SMs
+    (host copies 0.015, H200). Far below the least of real work (FP32 matrix product 0.81), as small kernels draw
+    little: loops of them 0.11 and, on another card, 0.002 at 31 % utilization."""
     parked_part_of_limit: float = 0.17
-    """Parked level where none is learnt (H200: 121 of 700 W)."""
+    """Parked level where none is learnt, as a part of the board's own limit (H200: 121 of 700 W)."""
     bare_clock_ratio: float = 0.5
     """Where nothing else tells bare from parked: a device that nobody holds drops its clock (345 of 1,980 MHz)."""
 
@@ -123,7 +124,9 @@ INFERRED_CONFIDENCE = 0.6
 CONFLICT_CONFIDENCE = 0.5
 MISSING_CONFIDENCE = 0.6
 GARBAGE_CONFIDENCE = 0.8
-"""For each value that made no sense."""
+"""For each signal with values that made no sense ..."""
+MOST_GARBAGE = 3
+"""... up to so many: a device whose GPM is garbage throughout is judged by its utilization and power."""
 SHARED_CONFIDENCE = 0.8
 """Several processes: their loads are mixed in one number."""
 MIG_CONFIDENCE = 0.6
@@ -145,6 +148,11 @@ class Judgement:
     """The numbers it rests on; ratios are 0 to 1, `margin` is the natural logarithm of the factor by which the
     deciding number is off the nearest threshold."""
     sentence: str
+    confirmed: bool = True
+    """Whether the span may be booked under the verdict. Of `Hysteresis` False means that the newest span by itself says
+    something else, so that a change may be under way. Then hold the span's seconds and joules back, with those of the
+    unconfirmed ones before it, until a judgement is confirmed, and book them all under that one's verdict: it comes at
+    most `PATIENCE_NS` and a span later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +172,13 @@ def judge(signals: DeviceSignals, thresholds: Thresholds = THRESHOLDS) -> Judgem
     return replace(_judge(signals, load, garbage, thresholds), flags=_flags(signals, load, thresholds))
 
 
-def flags_of(signals: DeviceSignals, thresholds: Thresholds = THRESHOLDS) -> tuple[Flag, ...]:
-    """Return the flags of a span."""
-    signals, _ = sound(signals)
-    return _flags(signals, _Load.of(signals, thresholds), thresholds)
-
-
-def _judge(signals: DeviceSignals, load: "_Load", garbage: int, thresholds: Thresholds) -> Judgement:
+def _judge(signals: DeviceSignals, load: "_Load", garbage: float, thresholds: Thresholds) -> Judgement:
     """Return the judgement of sound signals, without flags."""
     conflict = signals.has_activity and _conflict(signals, load, thresholds)
     measured = signals.has_activity and not conflict
     found = (_measured if measured else _inferred)(signals, load, thresholds)
     confidence = found.confidence * (1.0 - 0.5 * math.exp(-max(0.0, found.margin) / MARGIN_SCALE))
-    confidence *= GARBAGE_CONFIDENCE**garbage * (1.0 - (signals.sm_clock_swing or 0.0) / 2)
+    confidence *= GARBAGE_CONFIDENCE ** min(garbage, MOST_GARBAGE) * (1.0 - (signals.sm_clock_swing or 0.0) / 2)
     if conflict:
         confidence *= CONFLICT_CONFIDENCE
     if signals.mig_enabled:
@@ -224,48 +226,79 @@ def _flags(signals: DeviceSignals, load: "_Load", thresholds: Thresholds) -> tup
 ROLL_NS = 3_000_000_000
 """A live verdict is of the last 3 s: an engine whose bursts come each 2 s is underutilized, not parked and busy in
 turn."""
-HOLD = 2
-"""And holds until this many verdicts in a row agree on another one."""
-PATIENCE = 5
-"""After this many verdicts without the held one the newest is taken, though they do not agree with each other."""
+HOLD_NS = 1_500_000_000
+"""And holds until another one has been found for so long in a row: by two of the daemon's spans of about a second, or
+by one longer span (a replay at five times the speed has spans of 5 s)."""
+PATIENCE_NS = 4_500_000_000
+"""After so long without the held one the newest is taken, though they do not agree with each other."""
 
 
 class Hysteresis:
-    """One device's verdict, which does not flap."""
+    """One device's verdict, which does not flap, and from when on it may be booked (`Judgement.confirmed`)."""
 
     def __init__(self, thresholds: Thresholds = THRESHOLDS) -> None:
         self._thresholds = thresholds
-        self._spans: deque[tuple[DeviceSignals, int]] = deque()
-        """Sound signals, and how many senseless values each came with."""
-        self._held: Judgement | None = None
-        self._others: list[Verdict] = []
-        """Verdicts since the held one was last found."""
+        self._spans: deque[tuple[DeviceSignals, Verdict]] = deque()
+        """Sound signals of the last `ROLL_NS`, and what each says by itself."""
+        self._held: Verdict | None = None
+        self._others: list[tuple[Verdict, int]] = []
+        """Verdicts since the held one was last found, and the lengths of their spans, ns."""
+        self._unconfirmed_ns = 0
+        """How long the spans since the last confirmed one are."""
 
     def update(self, signals: DeviceSignals) -> Judgement:
-        """Return the verdict after another span, which follows the one before; flags are those of the span alone.
+        """Return the judgement after another span, which follows the one before; flags are those of the span alone.
 
-        While another verdict is not confirmed yet, the held one stands with half of its confidence.
+        The verdict is of the last `ROLL_NS`. While the newest span by itself says something else, evidence and
+        sentence are of that span, so that they do not contradict its watts, and `confirmed` is False. While the last
+        `ROLL_NS` say something else too, the held verdict stands with half of the confidence.
         """
         spans, thresholds = self._spans, self._thresholds
         signals, garbage = sound(signals)
+        load = _Load.of(signals, thresholds)
+        alone = _judge(signals, load, garbage, thresholds)
         if spans and not 0 <= signals.start_ns - spans[-1][0].end_ns <= ROLL_NS:
             spans.clear()
-        spans.append((signals, garbage))
-        first_ns = signals.end_ns - ROLL_NS - (signals.end_ns - signals.start_ns) // 2
+        spans.append((signals, alone.verdict))
+        length_ns = signals.end_ns - signals.start_ns
+        first_ns = signals.end_ns - ROLL_NS - length_ns // 2
         while len(spans) > 1 and spans[0][0].start_ns < first_ns:
             spans.popleft()
-        merged = merge([span for span, _ in spans])
-        found = _judge(merged, _Load.of(merged, thresholds), max(count for _, count in spans), thresholds)
-        flags = _flags(signals, _Load.of(signals, thresholds), thresholds)
-        held = self._held
-        if held is None or found.verdict is held.verdict:
+        if all(verdict is alone.verdict for _, verdict in spans):
+            # What each span says by itself they say together: no need to merge them.
+            found = alone
+        else:
+            found = judge(merge([span for span, _ in spans]), thresholds)
+        agreed = self._follow(found.verdict, length_ns)
+        assert self._held is not None
+        is_confirmed = alone.verdict is self._held or self._unconfirmed_ns + length_ns >= PATIENCE_NS
+        self._unconfirmed_ns = 0 if is_confirmed else self._unconfirmed_ns + length_ns
+        said = replace(
+            found if alone.verdict is self._held and agreed else alone,
+            verdict=self._held,
+            flags=_flags(signals, load, thresholds),
+            confidence=found.confidence if agreed else found.confidence / 2,
+            confirmed=is_confirmed,
+        )
+        if alone.verdict is self._held:
+            return said
+        return replace(said, sentence=f"{self._held} by the seconds before; the newest alone is {alone.sentence}")
+
+    def _follow(self, found: Verdict, length_ns: int) -> bool:
+        """Hold a verdict or change over to the one found; return whether the held one is the one found."""
+        if self._held is None or found is self._held:
             self._held, self._others = found, []
-            return replace(found, flags=flags)
-        self._others.append(found.verdict)
-        if self._others[-HOLD:].count(found.verdict) >= HOLD or len(self._others) >= PATIENCE:
-            self._held, self._others = found, []
-            return replace(found, flags=flags)
-        return replace(held, flags=flags, confidence=held.confidence / 2)
+            return True
+        self._others.append((found, length_ns))
+        lasted_ns = 0
+        for verdict, other_ns in reversed(self._others):
+            if verdict is not found:
+                break
+            lasted_ns += other_ns
+        if lasted_ns < HOLD_NS and sum(other_ns for _, other_ns in self._others) < PATIENCE_NS:
+            return False
+        self._held, self._others = found, []
+        return True
 
 
 # -------------------------------------------------------------------- what the numbers say
@@ -356,9 +389,10 @@ def _clock(signals: DeviceSignals) -> float | None:
 
 def _parked_watts(signals: DeviceSignals, thresholds: Thresholds) -> float | None:
     parked = signals.idle_watts.get(IdleKind.PARKED)
-    if parked is not None or signals.power_limit_watts is None:
+    board = signals.power_limit_watts if signals.board_limit_watts is None else signals.board_limit_watts
+    if parked is not None or board is None:
         return parked
-    return thresholds.parked_part_of_limit * signals.power_limit_watts
+    return thresholds.parked_part_of_limit * board
 
 
 def _power(signals: DeviceSignals, thresholds: Thresholds) -> float | None:
@@ -532,15 +566,20 @@ def _resting(signals: DeviceSignals, thresholds: Thresholds, margin: float, trus
     watts, held = signals.watts, signals.held
     bare, parked = (signals.idle_watts.get(kind) for kind in (IdleKind.BARE, IdleKind.PARKED))
     clock = _clock(signals)
+    drawn = "" if watts is None else f", {watts:.0f} W drawn"
     if held is None:
         trust *= MISSING_CONFIDENCE
+        unknown = f"nothing runs{drawn}; whether a process holds the device is not known"
         if watts is not None and bare is not None and parked is not None:
             held = abs(watts - parked) < abs(watts - bare)
+            unknown += f", the power is nearer to the {IdleKind.PARKED if held else IdleKind.BARE} level"
         elif clock is not None:
             held = clock > thresholds.bare_clock_ratio
+            unknown += f", the clock at {_percent(clock)} of its highest is that of a device that "
+            unknown += "is held" if held else "nobody holds"
         else:
             trust *= MISSING_CONFIDENCE
-    drawn = "" if watts is None else f" and {watts:.0f} W drawn"
+        return _Finding(Verdict.PARKED if held else Verdict.IDLE, margin, trust, unknown)
     if held:
         return _Finding(Verdict.PARKED, margin, trust, f"a process holds the device, nothing runs{drawn}")
     return _Finding(Verdict.IDLE, margin, trust, f"no process holds the device{drawn}")

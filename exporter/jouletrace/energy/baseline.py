@@ -23,6 +23,11 @@ QUIET_ACTIVITY = 0.01
 BARE_MEMORY_PART = 0.015
 """Where the driver does not list processes: more memory in use than this part means that somebody holds a
 context. A bare H200 holds 0.43 % (615 of 143,771 MiB)."""
+WORK_POWER_PART = 0.05
+"""Where power alone has to tell: work draws more than the parked level and this part of the way from it to the limit
+(H200: 150 W; parked and warm 128 W, host copies 130 W, a loop of tiny kernels 189 W)."""
+UNLEARNT_WORK_PART = 0.3
+"""The same as a part of the limit where no parked level is learnt (H200 parked: 0.17; decode at 20 % duty 0.29)."""
 FORMAT = 1
 
 
@@ -107,6 +112,18 @@ def holds_context(processes: int | None, memory_used_bytes: int | None, memory_t
     if memory_used_bytes is None or not memory_total_bytes:
         return None
     return memory_used_bytes > BARE_MEMORY_PART * memory_total_bytes
+
+
+def work_watts(parked_watts: float | None, limit_watts: float | None) -> float | None:
+    """Return the mean power over a second above which work ran, where nothing but power tells; None without a limit.
+
+    High on purpose: between this and the parked level nobody can tell light work from a warm device.
+    """
+    if limit_watts is None:
+        return None
+    if parked_watts is None or parked_watts >= limit_watts:
+        return UNLEARNT_WORK_PART * limit_watts
+    return parked_watts + WORK_POWER_PART * (limit_watts - parked_watts)
 
 
 def encode(levels: Mapping[str, Mapping[IdleKind, IdleLevel]]) -> bytes:

@@ -449,6 +449,7 @@ def device_info(handle: Any, index: int, calls: CallStatistics) -> DeviceInfo:
     memory_mhz = ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, CLOCKS["memory"])
     sm_mhz = ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, CLOCKS["sm"])
     limit_mw = ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    default_mw = ask(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, handle)
     pci = ask(pynvml.nvmlDeviceGetPciInfo, handle)
     mig = ask(pynvml.nvmlDeviceGetMigMode, handle)
     architecture = ARCHITECTURES.get(ask(pynvml.nvmlDeviceGetArchitecture, handle), "")
@@ -466,6 +467,7 @@ def device_info(handle: Any, index: int, calls: CallStatistics) -> DeviceInfo:
         peak_dram_bytes_per_second=2e6 * memory_mhz * bus_bits / 8 if bus_bits and memory_mhz else None,
         max_sm_clock_hertz=sm_mhz * 1e6 if sm_mhz else None,
         power_limit_watts=limit_mw / 1e3 if limit_mw and limit_mw < MOST_MILLIWATTS else None,
+        default_power_limit_watts=default_mw / 1e3 if default_mw and default_mw < MOST_MILLIWATTS else None,
         mig_enabled=bool(mig and mig[0]),
     )
 

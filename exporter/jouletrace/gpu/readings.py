@@ -113,7 +113,14 @@ class DeviceInfo:
     max_sm_clock_hertz: float | None = None
     power_limit_watts: float | None = None
     """Enforced limit at start; `HealthReading` carries changes."""
+    default_power_limit_watts: float | None = None
+    """The board's own limit, before anybody set another one."""
     mig_enabled: bool = False
+
+    @property
+    def board_limit_watts(self) -> float | None:
+        """What the board was made for: its default limit, or where the driver does not tell the enforced one."""
+        return self.power_limit_watts if self.default_power_limit_watts is None else self.default_power_limit_watts
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from jouletrace.energy.baseline import Baseline, IdleKind, IdleLevel, holds_context
+from jouletrace.energy.baseline import Baseline, IdleKind, IdleLevel, holds_context, work_watts
 from jouletrace.energy.meter import EnergySource, Meter
 from jouletrace.energy.timeline import Timeline, WindowEnergy
 from jouletrace.gpu.capabilities import Capabilities, advice, probe
@@ -136,7 +136,8 @@ class LiveDevice:
     held: bool | None
     """Whether a process holds a context; None when nobody can tell."""
     activities: Sequence[tuple[int, float]]
-    """(end_ns, highest activity ratio) of the intervals of the last quarter hour, oldest first."""
+    """(end_ns, highest activity ratio) of the intervals of the last quarter hour, oldest first: GPM's, without GPM
+    NVML's duty cycles, without these 0 or 1 by power. Empty: nobody can tell work from rest."""
     processes: Sequence[ProcessReading] | None
     readings: Sequence[ActivityReading]
     """GPM intervals of the last half minute, oldest first; those with GRAPHICS hold nothing else."""
@@ -229,7 +230,7 @@ class _DeviceAccount:
         self.activities.append(reading)
         busiest = _busiest_of(reading)
         if busiest is not None and Pipe.GRAPHICS not in reading.busy_ratio:
-            self.busy_track.append((reading.end_ns, busiest))
+            self._track(reading.end_ns, busiest)
         seconds = (reading.end_ns - reading.start_ns) / NS
         peak = self.device.info.peak_dram_bytes_per_second
         if reading.dram_ratio is not None and peak is not None:
@@ -238,6 +239,27 @@ class _DeviceAccount:
             self.busy_seconds[pipe] = self.busy_seconds.get(pipe, 0.0) + ratio * seconds
         for link, rate in reading.bytes_per_second.items():
             self.link_bytes[link] = self.link_bytes.get(link, 0.0) + rate * seconds
+
+    def add_state(self, state: StateReading) -> None:
+        """Take in clocks and duty cycles; without GPM these tell when work ran."""
+        self.state = state
+        self.states.append(state)
+        if not self.capabilities.has_activity and state.utilization_ratio:
+            self._track(state.t_ns, max(state.utilization_ratio.values()))
+
+    def _track(self, end_ns: int, busiest: float) -> None:
+        """Keep how busy the device was since the last time; a device whose GPM is withdrawn goes on with less."""
+        if not self.busy_track or end_ns > self.busy_track[-1][0]:
+            self.busy_track.append((end_ns, busiest))
+
+    def _track_power(self, end_ns: int, watts: float) -> None:
+        """Tell work from rest by power alone: in MIG mode there are no duty cycles, and often no GPM."""
+        if self.capabilities.has_activity or (self.state is not None and self.state.utilization_ratio):
+            return
+        parked = self.baseline.levels.get(IdleKind.PARKED)
+        least = work_watts(None if parked is None else parked.watts, self.device.info.power_limit_watts)
+        if least is not None:
+            self._track(end_ns, 1.0 if watts > least else 0.0)
 
     def learn_idle(self) -> None:
         """Show the baseline the energy since the last time."""
@@ -251,6 +273,7 @@ class _DeviceAccount:
         if start_ns is None or end_ns - start_ns > IDLE_WINDOW_MOST_NS:
             return
         watts = self.meter.timeline.window(start_ns, end_ns).joules / ((end_ns - start_ns) / NS)
+        self._track_power(end_ns, watts)
         seen = self.health if self.health is not None and self.health.processes is not None else self.state
         self.baseline.observe(
             end_ns,
@@ -692,8 +715,8 @@ class Sampler:
             account.add_activity(reading)
 
     def _read_state(self, account: _DeviceAccount) -> None:
-        state = account.state = account.device.state()
-        account.states.append(state)
+        state = account.device.state()
+        account.add_state(state)
         used, listed = state.memory_used_bytes, account.listed_memory_bytes
         if account.health is not None and used is not None:
             is_new = listed is None or abs(used - listed) >= MEMORY_STEP_BYTES

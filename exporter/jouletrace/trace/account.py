@@ -1,21 +1,24 @@
 """The ledger run offline over a recording: its requests and where every joule went."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jouletrace.energy.baseline import QUIET_ACTIVITY, IdleKind, holds_context
+from jouletrace.diagnosis.signals import HIGHEST_RATIO
+from jouletrace.energy.baseline import QUIET_ACTIVITY, IdleKind, holds_context, work_watts
 from jouletrace.energy.timeline import Timeline
-from jouletrace.gpu.readings import DeviceInfo, Pipe
-from jouletrace.requests.devices import BusyTrack, DeviceView
+from jouletrace.gpu.readings import DeviceInfo, Float64s, Int64s, Pipe
+from jouletrace.requests.devices import Bools, BusyTrack, DeviceView
 from jouletrace.requests.law import GENERIC, Law, LawBook
 from jouletrace.requests.ledger import Ledger, Limits
 from jouletrace.requests.records import RequestRecord
 from jouletrace.trace.events import ENGINE_ID, Fidelity, engine_of, records, schedule_of
-from jouletrace.trace.recording import DRAM_COLUMN, GPM, PIPE_COLUMNS, STATE, Recording
+from jouletrace.trace.metering import NS, whole_timeline
+from jouletrace.trace.recording import DRAM_COLUMN, GPM, PIPE_COLUMNS, STATE, UTILIZATION_COLUMNS, Recording, Stream
 
 _MEMORY_COLUMN = "fb_used_mib"
+_ACTIVITY_COLUMNS = (PIPE_COLUMNS[Pipe.GRAPHICS], PIPE_COLUMNS[Pipe.SM], DRAM_COLUMN)
 
 
 class Account:
@@ -54,14 +57,32 @@ class Account:
         engine = engine_of(recording)
         if engine is not None:
             self._ledger.add_engine(engine, start_ns)
-        self._busy = _busy(recording)
+        busy = _busy(recording)
+        self._warnings: list[str] = []
+        if busy is None:
+            busy = _busy_by_power(recording, info.power_limit_watts)
+            said = "Neither GPM nor NVML's utilization was recorded, so "
+            said += (
+                "that work of unknown requests and parked time are told apart by nothing: both count as idle."
+                if busy is None
+                else "what draws clearly more than a parked device counts as work; lighter work counts as idle."
+            )
+            self._warnings.append(said)
+        self._busy = busy
         state = recording.streams.get(STATE)
         self._memory = None if state is None or _MEMORY_COLUMN not in state.values else state
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the account cannot know, in sentences."""
+        return self._warnings
+
     def advance(self, timeline: Timeline) -> None:
-        """Settle what the timeline has by now."""
+        """Settle what the timeline has by now; what reaches beyond the account's end is left to `close`."""
         now_ns = timeline.end_ns
-        self._tell(min(now_ns, self._end_ns))
+        if now_ns > self._end_ns:
+            return
+        self._tell(now_ns)
         self._ledger.settle({self._info.uuid: self._view(timeline, now_ns)}, now_ns)
 
     def close(self, timeline: Timeline) -> None:
@@ -73,13 +94,13 @@ class Account:
     def results(self) -> dict[str, Any]:
         """Return `requests` and `ledger` as `jouletrace analyze` prints them."""
         snapshot = self._ledger.snapshot()
-        attributed = sum(snapshot.attributed_joules.values())
+        attributed = sum(snapshot.attributed_joules.values(), 0.0)
         idle = {kind.value: 0.0 for kind in IdleKind}
         for (_, kind), joules in snapshot.idle_joules.items():
             idle[kind] += joules
         # Requests that nobody described are nobody's when the recording is over.
-        unattributed = sum(snapshot.unattributed_joules.values()) + sum(snapshot.pending_joules.values())
-        device = sum(snapshot.device_joules.values())
+        unattributed = sum((*snapshot.unattributed_joules.values(), *snapshot.pending_joules.values()), 0.0)
+        device = sum(snapshot.device_joules.values(), 0.0)
         return {
             "requests": [found for found in map(self._request, self._ids) if found is not None],
             "ledger": {
@@ -128,14 +149,33 @@ class Account:
 
 
 def _busy(recording: Recording) -> BusyTrack | None:
-    """Return when any pipe, the memory or the graphics engine did work, from GPM."""
-    gpm = recording.streams.get(GPM)
-    if gpm is None or not len(gpm):
+    """Return when the device did work: from GPM, or else from NVML's duty cycles; None when neither tells anything."""
+    for name, columns in ((GPM, _ACTIVITY_COLUMNS), (STATE, tuple(UTILIZATION_COLUMNS.values()))):
+        stream = recording.streams.get(name)
+        found = None if stream is None else _busy_rows(stream, columns)
+        if found is not None:
+            return found
+    return None
+
+
+def _busy_rows(stream: Stream, columns: Sequence[str]) -> BusyTrack | None:
+    """Return the rows in which any of some percentages says work; rows that say nothing sensible are none."""
+    values = [stream.values[name] for name in columns if name in stream.values]
+    if not values:
         return None
-    columns = [name for name in (PIPE_COLUMNS[Pipe.GRAPHICS], PIPE_COLUMNS[Pipe.SM], DRAM_COLUMN) if name in gpm.values]
-    if not columns:
+    table: Float64s = np.stack(values)
+    sound = (table >= 0) & (table <= 100 * HIGHEST_RATIO)
+    known: Bools = np.any(sound, axis=0)
+    worked: Bools = np.any(sound & (table > 100 * QUIET_ACTIVITY), axis=0)
+    return BusyTrack(stream.t_ns[known], worked[known]) if known.any() else None
+
+
+def _busy_by_power(recording: Recording, limit_watts: float | None) -> BusyTrack | None:
+    """Return the seconds that drew the power of work; None when power has no limit to measure it by."""
+    least, timeline = work_watts(None, limit_watts), whole_timeline(recording)
+    if least is None or timeline is None:
         return None
-    worked = np.zeros(len(gpm), np.bool_)
-    for name in columns:
-        worked |= gpm.values[name] > 100 * QUIET_ACTIVITY
-    return BusyTrack(gpm.t_ns, worked)
+    edges: Int64s = np.arange(timeline.start_ns, timeline.end_ns + 1, NS)
+    watts: Float64s = np.diff(timeline.energies_at(edges))
+    worked: Bools = np.greater(watts, least)
+    return BusyTrack(edges[1:], worked) if len(watts) else None

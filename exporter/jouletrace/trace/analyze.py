@@ -55,7 +55,8 @@ def analyze(recording: Recording, *, fidelity: Fidelity = Fidelity.STEPS, law: L
     Keys: `format`, `gpu`, `energy_joules` and `counter_joules` (both from the first to the last counter row
     that the energy source spans; without a counter the whole span and `None`), `energy_source`, `phases`
     (name, labels, start_ns, end_ns, energy_joules, low, high, average_watts, drivers, verdict, flags, confidence,
-    evidence), `requests` (id, tenant,
+    evidence; the energy, its bounds and the watts are None where nothing is known of it, and so are verdict and
+    confidence where activity is not known either), `requests` (id, tenant,
     energy_joules, low, high, prefill_joules, decode_joules, method), `ledger` (attributed_joules, idle_joules by
     bare and parked, unattributed_joules, device_joules = `energy_joules`, residual_joules) and `warnings`, sentences.
     Requests are split by `law`, or else by the one fitted to the recording's own steady phases, if it has any.
@@ -82,6 +83,7 @@ def analyze(recording: Recording, *, fidelity: Fidelity = Fidelity.STEPS, law: L
         for phase, window in zip(phases, windows, strict=True)
     ]
     _warn_of_sensors(meter, warnings)
+    warnings += [*account.warnings, *device.warnings]
     return {
         "format": FORMAT,
         "gpu": {
@@ -221,9 +223,9 @@ def _phase_result(phase: Phase, window: _Window, warnings: list[str]) -> dict[st
         "labels": dict(phase.labels),
         "start_ns": phase.start_ns,
         "end_ns": phase.end_ns,
-        "energy_joules": window.joules,
-        "low": window.low,
-        "high": window.high,
+        "energy_joules": window.joules if covered else None,
+        "low": window.low if covered else None,
+        "high": window.high if covered else None,
         "average_watts": window.joules / covered if covered else None,
     }
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jouletrace.diagnosis.drivers import Driver, decompose, model_of
 from jouletrace.diagnosis.signals import LEAST_SPAN_NS, DeviceSignals, align, merge
-from jouletrace.diagnosis.verdicts import Hysteresis, flags_of, judge
+from jouletrace.diagnosis.verdicts import Hysteresis, Judgement, Verdict, judge
 from jouletrace.energy.baseline import Baseline, holds_context
 from jouletrace.energy.timeline import Timeline
 from jouletrace.gpu.readings import (
@@ -42,13 +42,16 @@ Key = TypeVar("Key")
 SPAN_NS = 1_000_000_000
 """How long the spans are that are diagnosed one by one, as in the daemon."""
 GPM_INTERVAL_NS = 100_000_000
-"""Length of the interval of a GPM row that has no row before it."""
+"""Length of the interval of a GPM row where there is no other row."""
 LONGEST_INTERVAL_NS = 1_000_000_000
-"""A row that comes later than this after the one before does not speak for the time between them."""
-EDGE_NS = 300_000_000
-"""GPM trails the work by up to 0.1 s and its intervals reach over edges: what it shows this close to a phase's edge may
-be its neighbour's (H200: 95 % SM activity in an interval that ended 0.12 s after a matrix product did)."""
-LONG_EDGES = 10
+"""A row that comes later than this after the one before, and later than two usual rows, does not speak for the time
+between them."""
+EDGE_NS = 500_000_000
+"""What is read this close to a phase's edge may be its neighbour's: GPM trails the work by up to 0.1 s and its
+intervals reach over edges (H200: 95 % SM activity in an interval that ended 0.12 s after a matrix product did), and the
+driver reports a power cap for up to 0.5 s after it (0x4 until 0.41 s after a mixed load, until 0.50 s after a product).
+"""
+LONG_EDGES = 6
 """A phase of so many edges is judged without them."""
 AROUND_NS = 1_500_000_000
 """How far beyond a span the states are looked at: throttle counters are recorded each second."""
@@ -59,10 +62,11 @@ def series(recording: Recording) -> dict[str, Any]:
 
     Keys, all lists of the same length n: `times_ns` (ends of the spans, epoch nanoseconds; a span begins at the
     end before), `seconds` (their lengths), `watts` (mean power of each, None where it is not known), `verdict`
-    (str), `flags` (list of str); and `joules` (driver name -> joules of each span; they add up to `watts * seconds`).
+    (str; a second in which it changed has the one that won), `flags` (list of str); and `joules` (driver name ->
+    joules of each span; they add up to `watts * seconds`).
     """
     device = RecordedDevice(recording, metering.whole_timeline(recording))
-    coefficients = model_of(device.info.name, device.info.power_limit_watts).coefficients
+    coefficients = model_of(device.info.name, device.info.board_limit_watts).coefficients
     spans = device.signals(device.start_ns, device.end_ns)
     hysteresis = Hysteresis()
     judgements = [hysteresis.update(one) for one in spans]
@@ -71,10 +75,19 @@ def series(recording: Recording) -> dict[str, Any]:
         "times_ns": [one.end_ns for one in spans],
         "seconds": [one.seconds for one in spans],
         "watts": [one.watts for one in spans],
-        "verdict": [one.verdict.value for one in judgements],
+        "verdict": [verdict.value for verdict in settled(judgements)],
         "flags": [[flag.value for flag in one.flags] for one in judgements],
         "joules": {driver.value: [part.get(driver, 0.0) for part in parts] for driver in Driver},
     }
+
+
+def settled(judgements: Sequence[Judgement]) -> list[Verdict]:
+    """Return each span's verdict once all is said: an unconfirmed one has that of the next that is confirmed."""
+    found: list[Verdict] = []
+    for count, one in enumerate(judgements, 1):
+        if one.confirmed or count == len(judgements):
+            found += [one.verdict] * (count - len(found))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +96,10 @@ class PhaseDiagnosis:
 
     drivers: Mapping[str, float]
     """Joules by driver; they add up to the energy of the phase as far as it is known."""
-    verdict: str
+    verdict: str | None
+    """None where neither power nor activity is known."""
     flags: Sequence[str]
-    confidence: float
+    confidence: float | None
     evidence: Mapping[str, float | str]
 
 
@@ -101,6 +115,9 @@ class RecordedDevice:
         self.end_ns = max(int(t_ns[-1]) for t_ns in times_ns) if timeline is None else timeline.end_ns
         """Up to here."""
         self._gpm = recording.streams.get(GPM)
+        spacings_ns = np.empty(0) if self._gpm is None else np.diff(self._gpm.t_ns)
+        self._interval_ns = int(np.median(spacings_ns)) if len(spacings_ns) else GPM_INTERVAL_NS
+        self._longest_ns = max(LONGEST_INTERVAL_NS, 2 * self._interval_ns)
         self._state = recording.streams.get(STATE)
         self._violation = recording.streams.get(VIOLATION)
         self._processes = recording.streams.get(PROCESSES)
@@ -108,7 +125,7 @@ class RecordedDevice:
 
     def diagnose(self, start_ns: int, end_ns: int) -> PhaseDiagnosis:
         """Return the diagnosis of (start_ns, end_ns]: drivers second by second, the verdict of the whole."""
-        model = model_of(self.info.name, self.info.power_limit_watts)
+        model = model_of(self.info.name, self.info.board_limit_watts)
         spans = self.signals(max(start_ns, self.start_ns), min(end_ns, self.end_ns))
         if not spans:
             spans = [self._align(start_ns, end_ns)]
@@ -118,14 +135,27 @@ class RecordedDevice:
                 drivers[driver.value] = drivers.get(driver.value, 0.0) + joules
         inside = self.signals(spans[0].start_ns + EDGE_NS, spans[-1].end_ns - EDGE_NS)
         is_long = spans[-1].end_ns - spans[0].start_ns >= LONG_EDGES * EDGE_NS
-        judgement = judge(merge(inside if is_long else spans))
+        whole = merge(inside if is_long else spans)
+        if whole.watts is None and not whole.has_activity and not whole.utilization_ratio:
+            return PhaseDiagnosis(drivers, None, [], None, {})
+        judgement = judge(whole)
         return PhaseDiagnosis(
             drivers,
             judgement.verdict.value,
-            [flag.value for flag in flags_of(merge(spans))],
+            [flag.value for flag in judgement.flags],
             judgement.confidence,
             {**judgement.evidence, "sentence": judgement.sentence},
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What its readings cannot tell, in sentences."""
+        if self._gpm is None or any(one.has_activity for one in self.signals(self.start_ns, self.end_ns)):
+            return []
+        return [
+            f"The recording has {len(self._gpm)} GPM rows, and none of them tells anything: verdicts are inferred from "
+            "NVML's utilization and power, and what power goes to is unexplained."
+        ]
 
     def signals(self, start_ns: int, end_ns: int) -> list[DeviceSignals]:
         """Return the signals of the seconds of (start_ns, end_ns], cut at the ends of GPM intervals."""
@@ -179,9 +209,9 @@ class RecordedDevice:
         found = []
         for row in range(first, min(past + 1, len(gpm))):
             row_end_ns = int(gpm.t_ns[row])
-            row_start_ns = int(gpm.t_ns[row - 1]) if row else row_end_ns - GPM_INTERVAL_NS
-            if row_end_ns - row_start_ns > LONGEST_INTERVAL_NS:
-                row_start_ns = row_end_ns - GPM_INTERVAL_NS
+            row_start_ns = int(gpm.t_ns[row - 1]) if row else row_end_ns - self._interval_ns
+            if row_end_ns - row_start_ns > self._longest_ns:
+                row_start_ns = row_end_ns - self._interval_ns
             found.append(
                 ActivityReading(
                     row_start_ns,

@@ -260,13 +260,13 @@ def _phase_row(number: int, phase: Mapping[str, Any], drivers: Sequence[str] | N
     joules, watts = phase["energy_joules"], phase["average_watts"]
     labels = phase_labels(phase)
     small = node("small", _text(labels)) if labels else None
-    bounds = f"{phase['low']:,.1f} to {phase['high']:,.1f}"
+    bounds = None if joules is None else f"{phase['low']:,.1f} to {phase['high']:,.1f}"
     row = [
         node("td", str(number), class_="quiet place"),
         node("th", _text(phase["name"]), small, scope="row", class_="whole", data_place=f"{number}. "),
         _number(f"{(phase['end_ns'] - phase['start_ns']) / NS:.2f}", "Seconds"),
         _number(ABSENT if watts is None else f"{watts:.1f}", "Watts"),
-        _number(f"{joules:,.1f}", "Joules", bounds),
+        _number(ABSENT if joules is None else f"{joules:,.1f}", "Joules", bounds),
     ]
     if drivers is not None:
         row += [_verdict_cell(phase), _driver_cell(phase, drivers), _evidence_cell(phase)]
@@ -293,7 +293,7 @@ def _driver_cell(phase: Mapping[str, Any], drivers: Sequence[str]) -> Element:
     if not found:
         return node("td", ABSENT, class_="whole", data_label="Drivers")
     parts = [found.get(driver) or 0.0 for driver in drivers]
-    whole = phase["energy_joules"]
+    whole = phase["energy_joules"] or 0.0
     items = [
         node("li", _swatch(f"driver{at}"), _text(f"{driver} {_joules(part)}{_share(part, whole)}"))
         for at, (driver, part) in enumerate(zip(drivers, parts, strict=True))

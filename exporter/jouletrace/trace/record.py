@@ -227,6 +227,7 @@ class _DeviceRecording:
             "driver": info.driver_version,
             "architecture": info.architecture,
             "enforced_limit_mw": _scaled(info.power_limit_watts, 1e3),
+            "default_limit_mw": _scaled(info.default_power_limit_watts, 1e3),
             "max_sm_mhz": _scaled(info.max_sm_clock_hertz, 1e-6),
             "peak_dram_bytes_per_second": _scaled(info.peak_dram_bytes_per_second, 1),
             "fb_total_mib": _scaled(info.memory_total_bytes, 2.0**-20),

@@ -87,6 +87,7 @@ THROTTLE_COLUMNS: Mapping[ThrottleReason, str] = {
 _TEXT_META = ("gpu", "uuid", "driver", "architecture")
 _NUMBER_META = (
     "enforced_limit_mw",
+    "default_limit_mw",
     "max_mem_mhz",
     "max_sm_mhz",
     "mem_bus_bits",
@@ -154,6 +155,7 @@ def device_info(recording: Recording) -> DeviceInfo:
         peak_dram_bytes_per_second=peak,
         max_sm_clock_hertz=number("max_sm_mhz", 1e6),
         power_limit_watts=number("enforced_limit_mw", 1e-3),
+        default_power_limit_watts=number("default_limit_mw", 1e-3),
     )
 
 

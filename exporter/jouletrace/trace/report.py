@@ -1,8 +1,8 @@
 """What `jouletrace analyze` found, as a report for a terminal."""
 
 import os
+import re
 import shutil
-import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +21,8 @@ MOST_REQUESTS = 3
 LONGEST_TEXT = 300
 """Characters shown of a text that a recording brings: a label of a megabyte must not bury the report."""
 
+_WORDS, _PARTS = (re.compile(f"[^{marks}]*[{marks}]+|[^{marks}]+") for marks in (r"\s|=,", r"\s|=,_/-"))
+"""What is not broken between two lines, and where a word is longer than a line: letters with the marks behind them."""
 _BOLD, _RED, _YELLOW = "1", "31", "33"
 _DRIVER_COLOURS = ("90", "34", "33", "32", "35", "36", "31")
 """Foreground colours (ECMA-48) by the driver's place in the legend; `unexplained` comes last and is red."""
@@ -71,8 +73,11 @@ def clean(text: str) -> str:
 
 
 def phase_labels(phase: Mapping[str, Any]) -> str:
-    """Return a phase's labels as `key=value key=value`."""
-    return " ".join(f"{key}={value}" for key, value in phase["labels"].items())
+    """Return a phase's labels as `key=value key=value|value`."""
+    return " ".join(
+        f"{key}={'|'.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in phase["labels"].items()
+    )
 
 
 def joules_by_driver(phases: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -92,7 +97,7 @@ def joules_by_verdict(phases: Iterable[Mapping[str, Any]]) -> list[tuple[str, in
         verdict = phase.get("verdict")
         if verdict is not None:
             counts[verdict] += 1
-            joules[verdict] = joules.get(verdict, 0.0) + phase["energy_joules"]
+            joules[verdict] = joules.get(verdict, 0.0) + (phase["energy_joules"] or 0.0)
     return sorted(((verdict, counts[verdict], joules[verdict]) for verdict in counts), key=lambda one: -one[2])
 
 
@@ -191,7 +196,7 @@ def _phase_lines(phases: Sequence[Mapping[str, Any]], legend: Mapping[str, str],
             line = "  ".join([_pad(f"{name} {label}".strip(), name_width), row(figures), *filter(None, [bar, marks])])
             lines.append(line.rstrip())
             continue
-        left = textwrap.wrap(name, name_width) + textwrap.wrap(label, name_width)
+        left = _wrap(name, name_width) + _wrap(label, name_width)
         right = [row(figures)]
         beside = bar and marks and bar_width + 2 + len(raised) <= figures_width
         right += [f"{bar}  {marks}"] if beside else [part for part in (bar, marks) if part]
@@ -207,7 +212,7 @@ def _figures(phase: Mapping[str, Any], diagnosed: bool, terminal: Terminal) -> l
     found = [
         f"{(phase['end_ns'] - phase['start_ns']) / NS:.2f}",
         "-" if watts is None else f"{watts:.1f}",
-        f"{joules:,.1f}",
+        "-" if joules is None else f"{joules:,.1f}",
         " ".join(bounds),
     ]
     return [*found, _verdict(phase, terminal)] if diagnosed else found
@@ -318,6 +323,21 @@ def _warning_lines(warnings: Sequence[str], terminal: Terminal) -> list[str]:
 def _columns(text: str) -> int:
     """Return how many columns a text takes; East Asian wide letters take two (Unicode TR11)."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Return text as lines of so many columns, broken at spaces or after `| = ,`; a word that is too long, anywhere."""
+    lines = [""]
+    words = _WORDS.findall(text)
+    for piece in [part for word in words for part in ([word] if _columns(word) <= width else _PARTS.findall(word))]:
+        if lines[-1] and _columns(lines[-1] + piece.rstrip()) > width:
+            lines[-1] = lines[-1].rstrip()
+            lines.append("")
+        for letter in piece:
+            if _columns(lines[-1] + letter) > width and not letter.isspace():
+                lines.append("")
+            lines[-1] += letter
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 def _pad(text: str, width: int) -> str:
