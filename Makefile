@@ -26,7 +26,7 @@ run: $(VENV)/.run ## start the daemon (without a GPU: the demo, a replayed recor
 	exec $(BIN)/jouletrace run --demo; fi
 
 test: $(VENV)/.test ## install what the tests need and run them
-	@./tests/system-packages.sh gcc libc6-dev prometheus
+	@./tests/system-packages.sh gcc libc6-dev prometheus prometheus-alertmanager systemd
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## style and types
@@ -36,6 +36,18 @@ lint: $(VENV)/.test ## style and types
 
 docs: $(VENV)/.test ## write the generated pages anew
 	$(BIN)/python docs/generate.py
+
+rules: $(VENV)/.test ## check and test the rules, alerts and runbooks of deploy/
+	@./tests/system-packages.sh prometheus prometheus-alertmanager
+	$(BIN)/python -m pytest tests/unit/test_deploy_prometheus.py tests/integration/test_alerting.py
+
+dashboards: $(VENV)/.test ## write the Grafana dashboards anew
+	$(BIN)/python -m dashboards
+
+dashboard-pictures: $(VENV)/.test ## draw the dashboards with Grafana's front-end packages (npm, Chromium; 20 minutes)
+	@./tests/system-packages.sh gcc libc6-dev prometheus chromium npm pngquant
+	npm --prefix tests/dashboards/drawing ci --legacy-peer-deps --no-audit --no-fund
+	$(BIN)/python -m tests.dashboards.pictures $(PICTURES_ARGS)
 
 coefficients: $(VENV)/.test ## fit the power coefficients of diagnosis anew, with the tables of docs/diagnosis.md
 	$(BIN)/python docs/fit_drivers.py
@@ -53,10 +65,22 @@ vllm: $(VENV)/.test ## real vLLM on the CPU: every feed joined on one request id
 triton: $(VENV)/.test ## real Triton on the CPU, scraped by a real daemon (half a minute)
 	$(BIN)/python -m tests.engines.triton
 
-wheel: $(BIN)/python ## build the wheel into dist/
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+dist: $(BIN)/python ## build the wheel and the source distribution into dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
+
+deb: $(BIN)/python ## build the Debian package into dist/
+	PYTHON=$(BIN)/python deploy/deb/build.sh
+
+boot-test: deb ## install the Debian package in a real systemd and drive its service (root; 2 minutes, then 1)
+	tests/boot/run.sh
+
+lock: $(BIN)/python ## pin the Python packages of the Debian package anew
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header --python-version 3.11 \
+	  --extra grpc --extra zmq --output-file deploy/deb/requirements.txt pyproject.toml
 
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info exporter/*.egg-info
 
-.PHONY: help run test lint docs coefficients check-docs benchmark vllm triton wheel clean
+.PHONY: help run test lint docs rules dashboards dashboard-pictures coefficients check-docs benchmark vllm triton dist deb boot-test lock clean

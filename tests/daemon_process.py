@@ -22,16 +22,24 @@ class DaemonProcess:
     """A running `jouletrace`; a context manager that ends it by its own pid."""
 
     def __init__(
-        self, folder: Path, *arguments: str, variables: Mapping[str, str] | None = None, command: str = "run"
+        self,
+        folder: Path,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        command: str = "run",
+        launcher: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
+        """`launcher` is a command that becomes the daemon, whose command line follows it."""
         self.log = folder / "daemon.log"
         self.started = time.monotonic()
         options = ["--state-dir", str(folder / "state"), "--web.listen-address", "127.0.0.1:0"]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "jouletrace", command, *options, *arguments],
+                [*launcher, sys.executable, "-m", "jouletrace", command, *options, *arguments],
                 stdout=output,
                 stderr=output,
+                pass_fds=pass_fds,
                 env=dict(os.environ if variables is None else variables),
             )
         self._url = ""

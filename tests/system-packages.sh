@@ -8,6 +8,10 @@ for package in "$@"; do
     gcc) command -v gcc >/dev/null || missing="$missing $package" ;;
     libc6-dev) [ -e /usr/include/stdio.h ] || missing="$missing $package" ;;
     prometheus) { command -v prometheus && command -v promtool; } >/dev/null || missing="$missing $package" ;;
+    prometheus-alertmanager)
+      { command -v prometheus-alertmanager && command -v amtool; } >/dev/null || missing="$missing $package" ;;
+    systemd) command -v systemd-analyze >/dev/null || missing="$missing $package" ;;
+    chromium | npm | pngquant) command -v "$package" >/dev/null || missing="$missing $package" ;;
     *) dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package" ;;
   esac
 done

@@ -1,4 +1,4 @@
-"""The command line: `jouletrace run`, `doctor`, `record`, `analyze`, `calibrate`, `measure`, `check-config`, `proxy`.
+"""The command line: `jouletrace run`, `top`, `doctor`, `record`, `analyze`, `calibrate`, `measure`, `check-config`, `proxy`.
 
 Exit codes: 0 fine, 2 usage or configuration, 3 no GPU or driver, 4 lost the driver for good; `measure` ends with
 the command's own.
@@ -42,6 +42,8 @@ from jouletrace.gpu.sampler import DriverLostError, Sampler
 from jouletrace.trace.recording import RecordingError
 from jouletrace.web.serve import ListenError
 
+DEFAULT_URL = "http://127.0.0.1:9841"
+"""Where `top` looks for a daemon: its default listener."""
 _GPU_PROBLEMS = (NoDriverError, GpuError, DriverLostError, DeviceChoiceError)
 
 
@@ -111,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("recording", type=Path, metavar="FILE")
     calibrate.set_defaults(command=_calibrate)
+
+    top = commands.add_parser("top", help="watch a running daemon in the terminal", allow_abbrev=False)
+    top.add_argument("url", nargs="?", default=DEFAULT_URL, metavar="URL", help=f"its URL (default: {DEFAULT_URL})")
+    top.add_argument("--once", action="store_true", help="print one screen, or with --json one object, and exit")
+    top.add_argument("--json", action="store_true", help="print a JSON object per line and second")
+    top.add_argument("--token-file", type=Path, metavar="FILE", help="the file of ingest.token_file, to see requests")
+    top.set_defaults(command=_top)
 
     proxy = commands.add_parser(
         "proxy", help="stand before an inference server and add the energy to its answers", allow_abbrev=False
@@ -240,6 +249,16 @@ def _calibrate(options: argparse.Namespace) -> int:
     }
     print(json.dumps(result, indent=2))
     return EXIT_FINE
+
+
+def _top(options: argparse.Namespace) -> int:
+    from jouletrace import top  # noqa: PLC0415  (Rich is loaded for this command alone)
+
+    try:
+        token = top.read_token(options.token_file)
+        return top.run(options.url, token=token, once=options.once, as_json=options.json)
+    except top.StreamError as failure:
+        return _fail(failure, 1)
 
 
 def _proxy(options: argparse.Namespace) -> int:

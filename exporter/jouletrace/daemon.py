@@ -29,6 +29,8 @@ from jouletrace.web.live.document import Moment
 from jouletrace.web.live.stream import LiveStream
 from jouletrace.web.serve import WebServer
 
+STANDARD_ERROR = 2
+"""Its descriptor, which is there even when `sys.stderr` is something else."""
 SAVE_SECONDS = 60.0
 RELOADABLE = frozenset({"log.level", "log.format", "ledger.laws_file"})
 """Keys that SIGHUP applies, the file that one names included; the others need a restart."""
@@ -153,7 +155,7 @@ class Daemon:
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit code. Raises ListenError before anything is read."""
         # A watchdog that is not fed sends SIGABRT: the log then tells where each thread stood.
-        faulthandler.enable()
+        faulthandler.enable(STANDARD_ERROR)
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         config = self._config

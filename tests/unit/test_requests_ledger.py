@@ -979,3 +979,25 @@ def test_a_feed_that_knows_the_engine_s_name_of_a_request_tells_of_the_same_one(
         answers = {book.price(f"{one}req-{number}{two}") for one, two in ((prefix, suffix), ("", ""))}
         assert len(answers) == 1
     assert sum(book.snapshot().in_flight.values()) == 0
+
+
+def test_running_requests_are_listed_by_joules_and_ended_ones_are_not() -> None:
+    line = Timeline(START_NS)
+    line.extend([START_NS + t * S for t in range(1, 101)], [100.0] * 100)
+    book = ledger()
+    for request_id, arrival in (("late", 8), ("early", 0), ("done", 0)):
+        begin_ns = START_NS + arrival * S
+        end_ns = START_NS + 5 * S if request_id == "done" else None
+        book.add_request(
+            RequestRecord(
+                request_id=request_id, model="m", arrival_ns=begin_ns, first_token_ns=begin_ns, end_ns=end_ns,
+                status=Status.FINISHED if end_ns else None,
+            ),
+            begin_ns,
+        )  # fmt: skip
+    book.settle(views({"g": line}), START_NS + 20 * S)
+    told = book.running(10)
+    assert [one.request_id for one in told] == ["early", "late"]
+    assert not any(one.final for one in told)
+    assert [book.price(one.request_id) for one in told] == told
+    assert [one.request_id for one in book.running(1)] == ["early"]
