@@ -76,14 +76,15 @@ class Daemon:
         with contextlib.suppress(asyncio.CancelledError):
             await self.service
 
-    def requests(self, count: int) -> list[RequestRecord]:
-        """Return the request records, once so many are there."""
+    def requests(self, count: int, *, others: int = 0) -> list[RequestRecord]:
+        """Return the request records, once so many and so many other records are there."""
         for _ in range(1000):
-            found = [record for record in self.account.records if isinstance(record, RequestRecord)]
-            if len(found) >= count:
+            records = list(self.account.records)
+            found = [record for record in records if isinstance(record, RequestRecord)]
+            if len(found) >= count and len(records) >= count + others:
                 return found
             time.sleep(0.01)
-        raise AssertionError(f"{len(found)} of {count} records")
+        raise AssertionError(f"{len(found)} of {count} requests, {len(records) - len(found)} of {others} others")
 
 
 @pytest.fixture(name="daemon")
@@ -197,7 +198,7 @@ def test_engines_and_steps_keep_their_order(daemon: Daemon, way: str) -> None:
             client.step("e", now_ns + i, now_ns + i + 1, decode=["r"])
         with client.request(request_id="r", engine_id="e"):
             pass
-    daemon.requests(2)
+    daemon.requests(2, others=11)
     assert client.dropped == 0
     # One POST a kind: the engine is first, and steps stay in order.
     engine, *others = daemon.account.records
