@@ -16,8 +16,9 @@ $(VENV)/.run: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+$(VENV)/.test: $(BIN)/python pyproject.toml tests/deploy/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]' \
+	  --requirement tests/deploy/requirements.txt
 	@touch $@ $(VENV)/.run
 
 run: $(VENV)/.run ## start the daemon (without a GPU: the demo, a replayed recording of a real H200)
@@ -26,7 +27,7 @@ run: $(VENV)/.run ## start the daemon (without a GPU: the demo, a replayed recor
 	exec $(BIN)/jouletrace run --demo; fi
 
 test: $(VENV)/.test ## install what the tests need and run them
-	@./tests/system-packages.sh gcc libc6-dev prometheus prometheus-alertmanager systemd
+	@./tests/system-packages.sh gcc libc6-dev prometheus prometheus-alertmanager systemd chromium
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## style and types
@@ -75,6 +76,16 @@ deb: $(BIN)/python ## build the Debian package into dist/
 boot-test: deb ## install the Debian package in a real systemd and drive its service (root; 2 minutes, then 1)
 	tests/boot/run.sh
 
+chart: $(VENV)/.test ## write the generated parts of the Helm chart anew: rules, dashboards, README, schema
+	$(BIN)/python helm/generate.py
+
+image: ## build the container image with buildah
+	@./tests/system-packages.sh buildah
+	deploy/container/build.sh
+
+image-test: ## build the image on Debian root filesystems, start it read-only and look at it (root; 3 minutes, then 1)
+	tests/image/run.sh
+
 lock: $(BIN)/python ## pin the Python packages of the Debian package anew
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python -m uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header --python-version 3.11 \
@@ -83,4 +94,4 @@ lock: $(BIN)/python ## pin the Python packages of the Debian package anew
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info exporter/*.egg-info
 
-.PHONY: help run test lint docs rules dashboards dashboard-pictures coefficients check-docs benchmark vllm triton dist deb boot-test lock clean
+.PHONY: help run test lint docs rules dashboards dashboard-pictures coefficients check-docs benchmark vllm triton dist deb boot-test chart image image-test lock clean

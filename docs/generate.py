@@ -12,6 +12,7 @@ from sizing import sizing_markdown
 
 from jouletrace.config import reference_markdown as configuration
 from jouletrace.metrics.names import reference_markdown as metrics
+from jouletrace.web.live.figures import reference_markdown as live
 from jouletrace.web.schema import records_schema
 
 DOCS = Path(__file__).parent
@@ -19,6 +20,7 @@ PAGES = {
     "alerts.md": alerts,
     "configuration.md": configuration,
     "dashboards.md": dashboards,
+    "live.md": live,
     "metrics.md": metrics,
     "sizing.md": sizing_markdown,
     "schema/records.schema.json": records_schema,
