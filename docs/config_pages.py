@@ -24,8 +24,9 @@ def example_file() -> str:
         parent, _, name = key.name.rpartition(".")
         if parent != section:
             section = parent
-            lines += ["", f"#{section}:"]
-        indent = "  " if parent else ""
+            *outer, inner = parent.split(".")
+            lines += [f"#{'  ' * len(outer)}{inner}:"] if outer else ["", f"#{inner}:"]
+        indent = "  " * key.name.count(".")
         about = f"{_plain(key.description)} Write {key.form.allowed(key.meta)}."
         lines += [f"##{indent} {line}" for line in textwrap.wrap(about, WIDTH)]
         lines.append(f"#{indent}{name}: {_default(key)}")

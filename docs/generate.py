@@ -13,6 +13,7 @@ from sizing import sizing_markdown
 from jouletrace.config import reference_markdown as configuration
 from jouletrace.metrics.names import reference_markdown as metrics
 from jouletrace.web.live.figures import reference_markdown as live
+from jouletrace.web.openapi import openapi_document
 from jouletrace.web.schema import records_schema
 
 DOCS = Path(__file__).parent
@@ -24,6 +25,7 @@ PAGES = {
     "metrics.md": metrics,
     "sizing.md": sizing_markdown,
     "schema/records.schema.json": records_schema,
+    "schema/openapi.json": openapi_document,
     "man/jouletrace.yml.5": manual_page,
     "../deploy/deb/jouletrace.yml": example_file,
 }

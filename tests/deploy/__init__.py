@@ -1,0 +1,1 @@
+"""The files that deploy jouletrace: chart, manifests, compose."""
