@@ -1,0 +1,1 @@
+"""Grafana dashboards of jouletrace, written in Python. `python -m dashboards` writes their JSON to generated/."""
