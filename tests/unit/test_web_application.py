@@ -160,12 +160,11 @@ async def test_health_and_readiness(aiohttp_client: Client) -> None:
     assert (await unready.get("/-/healthy")).status == 200
 
 
-async def test_landing_page_and_another_telemetry_path(aiohttp_client: Client) -> None:
+async def test_live_page_and_another_telemetry_path(aiohttp_client: Client) -> None:
     client = await aiohttp_client(app(path="/telemetry"))
     response = await client.get("/")
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert "sha256-" in response.headers["Content-Security-Policy"]
-    assert 'href="/telemetry"' in await response.text()
+    assert 'href="telemetry"' in await response.text()
     assert (await client.get("/telemetry")).status == 200
     assert (await client.get("/metrics")).status == 404
 

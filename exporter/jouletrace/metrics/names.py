@@ -312,8 +312,8 @@ ACCOUNT_AGE_SECONDS = Metric(
     "jouletrace_account_age_seconds",
     "gauge",
     "Time since the moment up to which the energy of every GPU is in the account of requests; absent before the first "
-    "settling. 1 to 6 s is normal. It grows while settling fails (joules, requests and tokens then stand still) or a "
-    "GPU gives no readings.",
+    "settling. 1 to 6 s is normal, up to a minute where a feed tells of requests only once they are over. It grows "
+    "while settling fails (joules, requests and tokens then stand still) or a GPU gives no readings.",
 )
 EVENTS = Metric(
     "jouletrace_events_total",

@@ -2,7 +2,7 @@
 
 import asyncio
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
@@ -110,6 +110,14 @@ def application(
     app.add_routes(LivePage(snapshot, readiness, telemetry_path).routes())
     app.on_response_prepare.append(_add_headers)
     app.on_cleanup.append(metrics.close)
+    return app
+
+
+def api_application(routes: Iterable[web.AbstractRouteDef]) -> web.Application:
+    """Return an application with the routes below `/v1/` alone, for a listener of their own."""
+    app = web.Application(middlewares=[errors])
+    app.add_routes(routes)
+    app.on_response_prepare.append(_add_headers)
     return app
 
 

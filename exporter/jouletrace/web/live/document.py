@@ -59,9 +59,7 @@ def node_document(moment: Moment, clock: Clock) -> dict[str, Any]:
         "now_ms": _ms(moment.now_ns, clock),
         "source": moment.node.source,
         "problems": moment.readiness.reasons,
-        "devices": [
-            _device(device, findings.get(device.info.uuid), moment, clock) for device in moment.node.devices
-        ],
+        "devices": [_device(device, findings.get(device.info.uuid), moment, clock) for device in moment.node.devices],
         "engines": [
             _engine(engine_id, moment.account, moment.diagnosis.engines.get(engine_id), gpus)
             for engine_id in sorted({*moment.account.engine_devices, *moment.account.in_flight})
@@ -168,6 +166,8 @@ def _drivers(found: DeviceFinding, clock: Clock) -> dict[str, Any]:
         "end_ms": _ms(found.end_ns, clock),
         "confidence": found.driver_confidence,
         "watts": {str(driver): round(watts, 2) for driver, watts in found.driver_watts.items()},
+        # Totals: their differences are right also when two evaluations fall between two rounds.
+        "joules": {str(driver): round(joules, 2) for driver, joules in found.driver_joules.items()},
     }
 
 
@@ -190,10 +190,14 @@ def _engine(
         diagnosis: dict[str, Any] = msgspec.to_builtins(found.diagnosis)
         del diagnosis["engine_id"]
         reference = found.reference
-        diagnosis["reference"] = None if reference is None else {
-            "gpu_model": reference.gpu_model,
-            "joules_per_token": reference.joules_per_token,
-        }
+        diagnosis["reference"] = (
+            None
+            if reference is None
+            else {
+                "gpu_model": reference.gpu_model,
+                "joules_per_token": reference.joules_per_token,
+            }
+        )
         answer["diagnosis"] = diagnosis
     return answer
 
@@ -260,4 +264,3 @@ def traces(
 def encode(event: str, data: object) -> bytes:
     """Return a server-sent event; JSON never has a line break in it."""
     return b"event: %s\ndata: %s\n\n" % (event.encode(), msgspec.json.encode(data))
-

@@ -90,7 +90,9 @@ ENGINES: Final = (
     Figure("in_flight", "In flight", names.REQUESTS_IN_FLIGHT),
     Figure("queue", "Running and waiting", names.ENGINE_QUEUE_REQUESTS),
     Figure("cause", "Cause", names.ENGINE_CAUSE, "Why the engine's joules per token are above their best."),
-    Figure("advice", "Advice", None, "What would lower the engine's joules per token, with the figure that it rests on."),
+    Figure(
+        "advice", "Advice", None, "What would lower the engine's joules per token, with the figure that it rests on."
+    ),
     Figure("joules_per_unit", "Joules per unit", names.ENGINE_UNIT_ENERGY_JOULES),
     Figure(
         "reachable",
@@ -104,7 +106,7 @@ ENGINES: Final = (
         "half_fixed_batch",
         "B*",
         names.ENGINE_STEP_FIXED_JOULES,
-        "The batch at which half of a step's energy is fixed (a / b of the step-energy law): under it, tokens are dear.",
+        "The batch at which half of a step's energy is fixed, a / b of the step-energy law: under it, tokens are dear.",
     ),
     Figure("coverage", "Coverage", names.ATTRIBUTION_COVERAGE_RATIO),
 )
@@ -136,7 +138,7 @@ NODE: Final = (
         "pending",
         "Pending",
         None,
-        "Energy of requests in flight, in joules, that has not been booked to a model and tenant yet.",
+        "Energy of engines' work, in joules, that has not been booked yet: to a model and tenant, or to nobody.",
     ),
     Figure("idle_bare", "Idle, bare", names.IDLE_ENERGY_JOULES, "Energy while no process held a context on the GPU."),
     Figure(
@@ -174,6 +176,11 @@ Two views of the running daemon, with the same content from the same stream:
   `--once` prints one screen, `--json` a JSON object per line and second, both together one object: for scripts.
   It asks the daemon over HTTP; the daemon's Unix sockets only take records.
 
+![Eight GPUs, one of them lost](pictures/live-eight-gpus-1400-light.png)
+
+More pictures: [with requests](pictures/live-1400-dark.png), [on a telephone](pictures/live-360-light.png). Drivers are
+stacked behind the power trace from the moment on at which the page was opened; the trace itself goes a minute back.
+
 ## Who sees what
 
 Power, drivers, verdicts, engines with their causes and all totals are for whoever may see `/metrics`: they are the
@@ -187,8 +194,8 @@ the tab and sends it with nothing but the stream; `jouletrace top` takes `--toke
 
 | event | data |
 |---|---|
-| `hello` | `version`, `interval_seconds`, `window_seconds`, and `requests_refused`: why this client sees no requests, or null |
-| `trace` | by uuid: `start_ms`, `steps_ms` (length of each segment) and `watts` (its mean power); after `hello` those of the whole window, then what is new |
+| `hello` | `version`, `interval_seconds`, `window_seconds`; `requests_refused`: why no requests are shown, or null |
+| `trace` | by uuid: `start_ms`, `steps_ms` (of each segment), `watts` (its mean); the whole window first, then news |
 | `node` | everything else: `devices`, `engines`, `account`, `problems` |
 | `requests` | `in_flight` (those of the most joules) and `settled` (the newest), 20 each; for the entitled |
 

@@ -4,7 +4,7 @@ import { Stream } from "./stream.js";
 import { Playhead, Trace } from "./trace.js";
 import { DeviceCard, DRIVER_ORDER, EngineCard, NodeFigures, node, RequestTable, words, write } from "./view.js";
 
-const ROWS = 20;
+const ROWS = 10;
 const ANNOUNCE_SECONDS = 10; // A screen reader is told of changes at most so often,
 const MOST_ANNOUNCED = 3; // and of so many at a time.
 const DESCRIBE_SECONDS = 15; // A chart's description changes at most so often.
@@ -29,7 +29,7 @@ let requests = { in_flight: [], settled: [] };
 let isPaused = false;
 let wasCut = false;
 let undrawn = []; // Devices whose strip is to be drawn anew, one a frame.
-let described = 0;
+let described = -Infinity;
 let colours = readColours();
 
 // ---- what comes in

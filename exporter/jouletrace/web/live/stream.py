@@ -22,7 +22,7 @@ from jouletrace.web.live.document import WINDOW_SECONDS, Moment, encode, node_do
 INTERVAL_SECONDS: Final = 1.0
 """As often as the power ring is harvested and the account settled: nothing new is known before."""
 MAX_VIEWERS: Final = 32
-"""Each may hold `BACKLOG` rounds (12 kB with 8 GPUs) and a window's traces (150 kB)."""
+"""Each may hold `BACKLOG` rounds (13 kB with 8 GPUs, twice that with requests) and a window's traces (165 kB)."""
 BACKLOG: Final = 5
 """Rounds that a viewer may be behind before it is cut off."""
 SEND_BUFFER_BYTES: Final = 256 * 1024

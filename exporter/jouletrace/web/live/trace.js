@@ -1,12 +1,13 @@
 // The power trace of one GPU: a strip that is drawn once per round and moved by the compositor in between.
 //
-// Drawing eight curves of 3,000 points anew for each frame costs 10 ms and more without a graphics card; moving strips
-// costs next to nothing. The strip is a little longer than the window, so that there is always something to move in.
+// Eight curves of 3,000 points need not be drawn anew for each frame, and there may be no graphics card to do it. The
+// strip is a little longer than the window, so that there is always something to move in.
 
 const DEPTH = 8192; // Points kept; a window of 60 s at 50 Hz is 3,000.
 const SPANS = 96; // Driver spans kept, one a second.
 const AHEAD_SECONDS = 3; // What the strip may hold that is not in view yet.
 const GAP_MS = 2;
+const LONGEST_SPAN_MS = 5000; // Drivers of a longer time than that, after a lost connection, are not one span.
 
 export class Trace {
   #windowMs;
@@ -37,12 +38,12 @@ export class Trace {
     return this.#top;
   }
 
-  /** Returns the watts at which lines are drawn: round ones, three to five of them. */
+  /** Returns the watts at which lines are drawn: round ones, two to five of them, with room for their names. */
   get levels() {
     const rough = this.#top / 5;
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough);
-    return Array.from({ length: Math.ceil(this.#top / step) - 1 }, (_, i) => (i + 1) * step);
+    return Array.from({ length: Math.floor((this.#top * 0.94) / step) }, (_, i) => (i + 1) * step);
   }
 
   /** Adds a piece of the stream; what is known already is skipped. */
@@ -62,15 +63,21 @@ export class Trace {
     }
   }
 
-  /** Adds what the power of a span went to: `{start_ms, end_ms, watts: {driver: watts}}`. */
+  /** Adds what the power went to since the last time: `{start_ms, end_ms, watts, joules}`, both by driver. */
   addDrivers(drivers, order) {
     const last = this.#spans[this.#spans.length - 1];
-    if (last && drivers.end_ms <= last.end) return;
+    const end = drivers.end_ms;
+    if (last && end <= last.end) return;
+    const joules = order.map((name) => drivers.joules[name] ?? 0);
+    const isNext = last && end - last.end < LONGEST_SPAN_MS && joules.every((sum, i) => sum >= last.joules[i]);
     // A new object per second and GPU, as many as are dropped: the number stays the same.
     this.#spans.push({
-      start: last ? Math.max(drivers.start_ms, last.end) : drivers.start_ms,
-      end: drivers.end_ms,
-      watts: order.map((name) => drivers.watts[name] ?? 0),
+      start: isNext ? last.end : drivers.start_ms,
+      end,
+      joules,
+      watts: isNext
+        ? joules.map((sum, i) => ((sum - last.joules[i]) / (end - last.end)) * 1000)
+        : order.map((name) => drivers.watts[name] ?? 0),
     });
     if (this.#spans.length > SPANS) this.#spans.shift();
   }
@@ -125,11 +132,10 @@ export class Trace {
     this.canvas.style.transform = `translate3d(${-x.toFixed(2)}px,0,0)`;
   }
 
-  /** The limit stands near the top; a peak above it makes room for itself. */
+  /** Above the limit is room for its name; a peak above it makes room for itself. */
   #scale(limitWatts) {
     const summary = this.summary();
-    const most = Math.max(limitWatts ?? 0, summary?.most ?? 0, 10);
-    this.#top = most * 1.08;
+    this.#top = Math.max((limitWatts ?? 0) * 1.15, (summary?.most ?? 0) * 1.05, 10);
   }
 
   #y(watts) {

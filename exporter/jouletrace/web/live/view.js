@@ -41,6 +41,7 @@ export function joules(value) {
   for (const [size, unit] of [[1e9, "GJ"], [1e6, "MJ"], [1e3, "kJ"]]) {
     if (value >= size) return `${(value / size).toPrecision(3)} ${unit}`;
   }
+  if (value < 5e-4) return "0 J"; // Sums of floats seldom are.
   return `${value >= 100 ? Math.round(value) : Number(value.toPrecision(3))} J`;
 }
 
@@ -202,8 +203,9 @@ export class DeviceCard {
     write(this.since, verdict ? `for ${duration((nowMs - verdict.since_ms) / 1000)}` : "");
     write(this.confidence, verdict ? `confidence ${percent(verdict.confidence)}` : "");
     write(this.flags, verdict?.flags.length ? verdict.flags.map(words).join(", ") : "");
-    // The sentence begins with the verdict, which stands above it.
-    write(this.sentence, verdict ? upper(verdict.sentence.replace(`${verdict.verdict}: `, "")) : "");
+    // The sentence begins with the verdict, which stands above it, or with another one's name.
+    const sentence = verdict?.sentence.replace(`${verdict.verdict}: `, "").replace(/^\w+/, words);
+    write(this.sentence, sentence ? upper(sentence) : "");
     this.drivers.set(drivers?.watts, drivers ? Object.values(drivers.watts).reduce((a, b) => a + b, 0) : 1, watts);
     this.facts.set("power_max", device.max_watts == null ? null : watts(device.max_watts));
     this.facts.set("drivers_confidence", drivers ? percent(drivers.confidence) : null);
@@ -246,6 +248,8 @@ function troubles(device) {
     starting: "Starting: no sample yet",
     ok: "",
   };
+  // The sampler's sentence may say it already.
+  if (device.problem.toLowerCase().startsWith(device.state)) return upper(device.problem);
   return device.problem ? `${known[device.state]}: ${device.problem}` : `${known[device.state]}.`;
 }
 
@@ -261,7 +265,7 @@ export class EngineCard {
   constructor(engine) {
     const id = `engine-${encodeURIComponent(engine.engine_id)}`;
     this.models = node("small");
-    this.inFlight = node("p", { class: "power" });
+    this.inFlight = node("p", { class: "power value", "data-figure": "in_flight" });
     this.cause = node("span", { class: "verdict value", "data-figure": "cause" });
     this.confidence = node("span", { class: "quiet value" });
     this.advice = node("p", { class: "sentence", "data-figure": "advice" });
@@ -321,17 +325,19 @@ export class EngineCard {
 export class NodeFigures {
   constructor(list) {
     this.values = new Map();
-    for (const [key, label] of [
-      ["node_power", "Power now"],
+    for (const [key, label, noteKey] of [
+      ["node_power", "Power now", "node_limit"],
       ["node_requests", "Requests in flight"],
       ["attributed", "Used by requests"],
+      ["pending", "Pending"],
       ["idle_bare", "Idle, bare"],
       ["idle_parked", "Idle, parked"],
       ["unattributed", "Unattributed"],
       ["wasted", "Waste"],
+      ["account_age", "Account age"],
     ]) {
       const value = node("span", { class: "value", "data-figure": key }, ABSENT);
-      const note = node("small", { class: "value" });
+      const note = node("small", { class: "value", "data-figure": noteKey });
       list.append(node("div", {}, node("dt", {}, label), node("dd", {}, value, note)));
       this.values.set(key, { value, note });
     }
@@ -352,12 +358,22 @@ export class NodeFigures {
     );
     put("node_requests", String(sum(engines.map((engine) => engine.in_flight))), `${account.requests} ended`);
     put("attributed", joules(account.attributed_joules), part(account.attributed_joules));
+    put("pending", joules(account.pending_joules), "not booked yet");
     put("idle_bare", joules(account.idle_joules.bare), part(account.idle_joules.bare));
     put("idle_parked", joules(account.idle_joules.parked), part(account.idle_joules.parked));
     put("unattributed", joules(account.unattributed_joules), part(account.unattributed_joules));
     put("wasted", joules(sum(Object.values(account.wasted_joules))), pairs(account.wasted_joules, joules) ?? "since the start");
+    put("account_age", account.age_seconds == null ? ABSENT : duration(account.age_seconds), "behind now");
   }
 }
+
+const REQUEST_FIGURES = {
+  Energy: "request_joules",
+  "Energy, note": "bounds",
+  "Energy so far": "request_joules",
+  "Energy so far, note": "bounds",
+  "J per token": "joules_per_token",
+};
 
 /** A table of requests whose rows are made once. */
 export class RequestTable {
@@ -384,31 +400,34 @@ export class RequestTable {
   #row(headings) {
     const id = node("span", { class: "value" });
     const who = node("small", { class: "value" });
+    const method = node("small", { class: "value", "data-figure": "method" });
     const cells = headings.slice(1).map((label) => {
-      const value = node("span", { class: "value" });
-      const note = node("small", { class: "value" });
+      const value = node("span", { class: "value", "data-figure": REQUEST_FIGURES[label] });
+      const note = node("small", { class: "value", "data-figure": REQUEST_FIGURES[`${label}, note`] });
       const cell = node("td", { class: "number", "data-label": label }, value, note);
       return { cell, value, note };
     });
-    const row = node("tr", {}, node("td", { class: "whole" }, id, who), ...cells.map(({ cell }) => cell));
+    const row = node("tr", {}, node("td", { class: "whole" }, id, who, method), ...cells.map(({ cell }) => cell));
     row.hidden = true;
     this.body.append(row);
-    return { row, id, who, cells };
+    return { row, id, who, method, cells };
   }
 
   set(requests, nowMs) {
     show(this.empty, requests.length === 0);
-    this.rows.forEach(({ row, id, who, cells }, place) => {
+    this.rows.forEach(({ row, id, who, method, cells }, place) => {
       const request = requests[place];
       show(row, request !== undefined);
       if (request === undefined) return;
-      const { engine_id: engine, tenant, model, status, method } = request;
+      const { engine_id: engine, tenant, model, status } = request;
+      const ended = status === "finished" || status === "running" ? "" : status;
       write(id, request.request_id);
-      write(who, [model, tenant && `tenant ${tenant}`, engine, status === "finished" || status === "running" ? "" : status].filter(Boolean).join(" · "));
+      write(who, [model, tenant && `tenant ${tenant}`, engine, ended].filter(Boolean).join(" · "));
+      const parts = `prefill ${joules(request.prefill_joules)}, decode ${joules(request.decode_joules)}`;
+      write(method, `${parts}, by ${words(request.method)}`);
       const [energy, ...others] = cells;
       write(energy.value, joules(request.energy_joules));
       write(energy.note, `${joules(request.low)} to ${joules(request.high)}`);
-      energy.cell.title = `prefill ${joules(request.prefill_joules)}, decode ${joules(request.decode_joules)}, by ${words(method)}`;
       const took = others[others.length - 1];
       write(took.value, duration(((this.isSettled ? request.end_ms : nowMs) - request.arrival_ms) / 1000));
       if (this.isSettled) {
