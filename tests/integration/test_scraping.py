@@ -330,6 +330,18 @@ async def test_garbage_is_one_warning(engine: Engine, garbage: str, capsys: pyte
     assert capsys.readouterr().out.count("cannot be read") <= 1
 
 
+@pytest.mark.parametrize(
+    "garbage", ["[" * 100_000, "\x00", '{"data": 5}', '{"data": [{"id": "x\\u0000", "status": {"value": "loaded"}}]}']
+)
+async def test_garbage_where_llamacpp_is_asked_is_no_llamacpp(engine: Engine, garbage: str) -> None:
+    engine.answers["/v1/models"] = engine.answers["/props"] = engine.answers["/info"] = lambda: garbage
+    engine.answers["/metrics"] = lambda: VLLM
+    sent = Sent()
+    async with scraping(scraper_of(sent, Target(url=engine.url, engine_id="e"))):
+        await until(lambda: len(sent.loads) >= 2)
+    assert sent.engines[0].kind == "vllm"
+
+
 # ---------------------------------------------------------------- the real llama.cpp
 
 

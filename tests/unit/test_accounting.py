@@ -12,7 +12,7 @@ from jouletrace.energy.timeline import Timeline
 from jouletrace.requests.devices import DeviceView
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
 from jouletrace.requests.ledger import Limits
-from jouletrace.requests.records import EngineRecord, RequestRecord
+from jouletrace.requests.records import EngineRecord, RequestRecord, Role, Status
 
 S = 1_000_000_000
 LLAMA = "{parameters: 8.03e9, layers: 32, kv_heads: 8, head_dim: 128}"
@@ -126,6 +126,61 @@ def test_an_engine_whose_process_is_there_bears_the_idle_energy_of_the_whole_nig
         assert ledger.snapshot().idle_joules["g", "parked"] == pytest.approx(80_000)
         # Without its process it is gone after 200 s; what was settled by then trails by up to 20 s.
         assert ledger.snapshot().allocated_joules["m", "", "e"] == pytest.approx(night_seconds * 100, abs=2000)
+
+
+def test_the_requests_of_an_engine_that_died_take_nothing_of_the_next_one() -> None:
+    line = Timeline(0)
+    line.extend([t * S for t in range(1, 101)], [100.0] * 100)
+    devices = {"g": DeviceView(line, held=True)}
+    there = {7, 8}
+    ledger = PlacedLedger.begin(None, Limits(), LawBook(), 0, lambda record: record, lambda record: record.pid in there)
+    for pid in (7, 8):  # Two workers of one server.
+        ledger.add_engine(EngineRecord(engine_id="e", models=("m",), pid=pid), S)
+        running = RequestRecord(request_id=f"of-{pid}", arrival_ns=10 * S, first_token_ns=11 * S)
+        ledger.add_request(running, 11 * S)
+    for second in range(12, 100):
+        if second == 20:
+            there.discard(7)
+        if second == 30:
+            there.discard(8)
+        if second == 31:
+            there.add(9)
+            ledger.add_engine(EngineRecord(engine_id="e", models=("m",), pid=9), 31 * S)
+            ledger.add_request(RequestRecord(request_id="next", arrival_ns=31 * S, first_token_ns=31 * S), 31 * S)
+        if second == 50:
+            ledger.add_request(RequestRecord(request_id="next", end_ns=50 * S), 50 * S)
+        ledger.settle(devices, second * S)
+        ledger.expire(second * S)
+    found = {name: ledger.price(name) for name in ("of-7", "of-8", "next")}
+    assert {name: None if one is None else (one.status, one.final) for name, one in found.items()} == {
+        "of-7": (Status.FAILED, True),
+        "of-8": (Status.FAILED, True),
+        "next": (Status.FINISHED, True),
+    }
+    # Both ran until the last of their processes was gone: 20 s at 100 W between them.
+    assert sum(one.energy_joules for name, one in found.items() if one and name != "next") == pytest.approx(2000)
+    assert found["next"] is not None and found["next"].energy_joules == pytest.approx(1900)
+
+
+def test_what_one_feed_leaves_out_of_an_engine_stays_as_another_told_it() -> None:
+    lines = {uuid: DeviceView(Timeline(0), held=True) for uuid in "gh"}
+    there = {7, 30}
+    ledger = PlacedLedger.begin(None, Limits(), LawBook(), 0, lambda record: record, lambda record: record.pid in there)
+    ledger.settle(lines, S)
+    scraped = EngineRecord(
+        engine_id="e", kind="vllm", models=("m",), pid=7, gpu_uuids=("g",), role=Role.DECODE, max_num_seqs=256
+    )
+    ledger.add_engine(scraped, S)
+    # The proxy says what its flags say; on a socket the kernel adds the proxy's own process.
+    ledger.add_engine(EngineRecord(engine_id="e", kind="vllm"), 2 * S)
+    assert list(ledger.engines) == [scraped]
+    ledger.add_engine(EngineRecord(engine_id="e", kind="vllm", pid=30), 3 * S)
+    assert list(ledger.engines) == [scraped]
+    # A new life of the engine, somewhere else.
+    there.discard(7)
+    again = EngineRecord(engine_id="e", kind="vllm", models=("n",), pid=8)
+    ledger.add_engine(again, 4 * S)
+    assert list(ledger.engines) == [again]
 
 
 def test_processes_that_belong_to_an_engine(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+from structlog.testing import capture_logs
 from tests.otlp_exports import CAPTURED, captured, export
 from tests.recording_account import RecordingAccount, Totals
 
@@ -243,6 +244,18 @@ async def test_what_cannot_be_decoded_is_answered_with_a_status(body: bytes, kin
         assert rig.inbox.events().dropped == {("otlp", "invalid"): 1}
 
 
+async def test_damaged_exports_are_logged_once() -> None:
+    packed = gzip.compress(recent().SerializeToString())[:-5]
+    async with Rig().running() as rig:
+        with capture_logs() as logged:
+            for _ in range(50):
+                assert (await rig.post(b"\x0a\xff\xff\xff"))[0] == 400
+                assert (await rig.post(packed, Content_Encoding="gzip"))[0] == 400
+        assert rig.inbox.events().dropped == {("otlp", "invalid"): 100}
+    [line] = [line for line in logged if line["log_level"] == "warning"]
+    assert line["problem"] == "The body is not an ExportTraceServiceRequest: it is damaged or cut off."
+
+
 async def test_a_protobuf_that_is_cut_anywhere_takes_whole_spans_or_none() -> None:
     body = recent().SerializeToString()
     async with Rig().running() as rig:
@@ -277,6 +290,7 @@ async def test_giant_spans_are_bounded_by_the_body() -> None:
         body = export([giant]).SerializeToString()
         assert (await rig.post(body))[0] == 413
         assert (await rig.post(gzip.compress(body), Content_Encoding="gzip"))[0] == 413
+        assert rig.inbox.events().dropped == {("otlp", "too_long"): 2}
     async with Rig().running() as rig:
         giant["attrs"]["gen_ai.request.id"] = "i" * (1 << 20)
         giant["attrs"]["gen_ai.response.model"] = "m" * (1 << 20)

@@ -64,6 +64,15 @@ def test_an_operators_name_wins(tmp_path: Path) -> None:
     assert other == ("mine", EngineRecord(engine_id="mine", kind="vllm", pid=5))
 
 
+def test_a_name_whose_ranks_are_engines_of_their_own_is_none_of_them(tmp_path: Path) -> None:
+    """Else the server would be an engine beside its ranks, and share their GPUs' energy with them."""
+    ranks = [EngineRecord(engine_id=f"chat-dp{rank}", kind="vllm", pid=5) for rank in range(2)]
+    rig = Rig(tmp_path / "proc", *ranks)
+    process(tmp_path / "proc", 5, "vllm serve m")
+    assert rig.engine(jouletrace__engine_id="chat", vllm__process_id="5") == (None, None)
+    assert rig.engine(jouletrace__engine_id="chat-dp1", vllm__process_id="5") == ("chat-dp1", None)
+
+
 def test_an_engine_that_another_feed_announced_is_found_by_its_process(tmp_path: Path) -> None:
     # In a container the server is process 7, on the node 4242; the other feed named its launcher, 4200.
     rig = Rig(tmp_path / "proc", EngineRecord(engine_id="plugin", kind="vllm", pid=4200))

@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import gzip
 import re
+import tracemalloc
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import structlog
 from aiohttp import web
 
 from jouletrace.engines.otlp import tee as module
-from jouletrace.engines.otlp.tee import Tee, TeeCounts
+from jouletrace.engines.otlp.tee import HEADERS_BYTES, Tee, TeeCounts
 
 SENT = {"Content-Type": "application/x-protobuf", "User-Agent": "OTel-OTLP-Exporter-Python/1.45.2"}
 
@@ -126,16 +127,32 @@ async def test_nothing_is_lost_while_the_collector_is_away() -> None:
     ]
 
 
+def test_the_buffer_holds_no_more_memory_than_it_says() -> None:
+    """Small exports, whose headers take more than their bodies."""
+    tee = Tee("http://127.0.0.1:1/v1/traces", headers={}, buffer_bytes=1 << 20)
+    names = ("User-Agent", "Accept-Encoding", "Accept", "Content-Type", "traceparent")
+    tracemalloc.start()
+    try:
+        for number in range(1000):
+            tee.offer(b"%0200d" % number, dict.fromkeys(names, f"something of the usual length {number}"))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tee.counts().dropped["buffer_full"] > 300
+    assert taken < 1.1 * (1 << 20)
+
+
 async def test_what_finds_the_buffer_full_is_dropped_and_counted_and_logged_once() -> None:
     collector = Collector()
+    held_bytes = 100 + HEADERS_BYTES
     async with collector.running():
         pass
     with structlog.testing.capture_logs() as logs:
-        async with passing_on(collector, buffer_bytes=1000) as tee:
+        async with passing_on(collector, buffer_bytes=10 * held_bytes) as tee:
             for _ in range(15):
                 tee.offer(b"x" * 100, SENT)
             counts = tee.counts()
-            assert (counts.held_bytes, counts.dropped) == (1000, {"buffer_full": 5})
+            assert (counts.held_bytes, counts.dropped) == (10 * held_bytes, {"buffer_full": 5})
         assert tee.counts() == TeeCounts(0, {"buffer_full": 5, "stopped": 10})
     assert sum("the buffer is full" in entry["event"] for entry in logs) == 1
     assert [entry["exports"] for entry in logs if "stopped" in entry["event"]] == [10]

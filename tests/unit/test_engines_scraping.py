@@ -158,6 +158,17 @@ def test_counters_that_jump_are_refused() -> None:
         loads(VLLM, changed(VLLM, generation_tokens_total=1e15))
 
 
+def test_seconds_and_steps_that_jump_are_refused() -> None:
+    """They weigh the joules of models and phases: the sum of two such is no number any more."""
+    page = 'sglang:generation_tokens_total{model_name="m"} %d\n'
+    page += 'sglang:forward_execution_seconds_total{model_name="m",category="%s"} %g\n'
+    for category in ("extend", "decode"):
+        with pytest.raises(PageError, match="faster than any engine"):
+            loads(page % (1, category, 1), page % (2, category, 1e308))
+    with pytest.raises(PageError, match="faster than any engine"):
+        loads(VLLM, changed(VLLM, iteration_tokens_total_count=1e300))
+
+
 def test_rest_and_time_that_stands_still() -> None:
     reader, meter = PageReader(), LoadMeter()
     meter.rest(5 * S)

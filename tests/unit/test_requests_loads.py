@@ -182,6 +182,80 @@ def test_requests_win_over_counters() -> None:
     assert (one.engine_states["e"].waiting, other.engine_states["e"].waiting) == (None, 7)
 
 
+def request(second: int, arrival_ns: int | None = None) -> RequestRecord:
+    """One that took the whole of the second that ends `second` seconds after the start."""
+    start_ns = START_NS + (second - 1) * S if arrival_ns is None else arrival_ns
+    return RequestRecord(
+        request_id=str(second),
+        engine_id="e",
+        model="m",
+        tenant="t",
+        arrival_ns=start_ns,
+        first_token_ns=start_ns + S // 10,
+        end_ns=start_ns + S,
+        status=Status.FINISHED,
+        usage=Usage(input=100, output=50),
+    )
+
+
+def test_what_lies_before_the_first_request_told_stays_the_counters() -> None:
+    ledger, device = ledger_of(), view(240)
+    for second in range(1, 240):
+        now_ns = START_NS + second * S + S // 3
+        ledger.add_load(load(second, tokens("m", 100, 50)), now_ns)
+        if second > 40:
+            ledger.add_request(request(second), now_ns)
+        ledger.settle(device, now_ns)
+        ledger.expire(now_ns)
+    seen = ledger.snapshot()
+    by_tenant = {
+        tenant: sum(seen.attributed_joules["m", tenant, "e", phase] for phase in Phase) for tenant in ("", "t")
+    }
+    # 40 s by counters, each second with its tokens, and the rest by requests: nothing lost, nothing twice.
+    assert by_tenant[""] == pytest.approx(40 * WATTS)
+    assert seen.tokens["m", "", "output"] == 40 * 50
+    assert by_tenant["t"] == pytest.approx(seen.tokens["m", "t", "output"] / 50 * WATTS, rel=0.02)
+    assert seen.unattributed_joules == {"g": 0.0}
+    assert residual(ledger) < 1e-12
+
+
+def test_a_request_of_a_clock_that_is_ahead_does_not_stop_the_counters() -> None:
+    ledger, device = ledger_of(), view(200)
+    for second in range(1, 200):
+        now_ns = START_NS + second * S + S // 3
+        ledger.add_load(load(second, tokens("m", 100, 50)), now_ns)
+        if second > 20:
+            assert ledger.add_request(request(second, now_ns + 3600 * S), now_ns) is Taken.FUTURE
+        ledger.settle(device, now_ns)
+    seen = ledger.snapshot()
+    assert sum(seen.attributed_joules.values()) == pytest.approx(199 * WATTS, rel=0.1)
+    assert seen.unattributed_joules == {"g": 0.0}
+
+
+def test_tokens_of_a_stream_that_tells_nothing_for_minutes_count_once() -> None:
+    ledger, device = ledger_of(), view(480)
+    for second in range(1, 480):
+        now_ns = START_NS + second * S + S // 3
+        ledger.add_load(load(second, tokens("m", 0, 10), running=1), now_ns)
+        if second == 2:
+            ledger.add_request(
+                RequestRecord(
+                    request_id="long", engine_id="e", model="m", arrival_ns=START_NS, first_token_ns=START_NS + S
+                ),
+                now_ns,
+            )
+        if second == 460:
+            ended = RequestRecord(
+                request_id="long", engine_id="e", model="m", end_ns=now_ns, status=Status.FINISHED,
+                usage=Usage(output=4600),
+            )  # fmt: skip
+            ledger.add_request(ended, now_ns)
+        ledger.settle(device, now_ns)
+        ledger.expire(now_ns)
+    seen = ledger.snapshot()
+    assert seen.tokens["m", "", "output"] == 4600
+
+
 def test_counted_steps_without_requests_go_to_the_model_that_the_counters_name() -> None:
     """SGLang with forward-pass metrics and a scrape: steps give the phases, counters the model and the tokens."""
     ledger = ledger_of()

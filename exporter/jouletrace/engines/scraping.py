@@ -22,6 +22,7 @@ from jouletrace.config import EngineTarget
 from jouletrace.engines.families import (
     KINDS,
     MAX_PAGE_BYTES,
+    MODEL_CHARACTERS,
     PATHS,
     Fact,
     Page,
@@ -45,8 +46,8 @@ DISCOVER_SECONDS: Final = 10.0
 REPEAT_SECONDS: Final = 60.0
 """How often an engine is announced again."""
 MOST_PER_SECOND: Final = 1e7
-"""Tokens or inferences above this are a counter's mistake: 8 GPUs make 100,000 tokens a second, and read ten times as
-many."""
+"""Tokens, inferences, steps or sequences' seconds above this are a counter's mistake: 8 GPUs make 100,000 tokens a
+second, and read ten times as many."""
 MOST_SERIES: Final = 16_384
 """Counters of one engine that are remembered."""
 UNKNOWN_MODEL: Final = "unknown"
@@ -164,7 +165,10 @@ class LoadMeter:
         return models
 
 
-_COUNTED: Final = (Fact.INPUT, Fact.COMPUTED, Fact.CACHED, Fact.OUTPUT, Fact.INFERENCES)
+_COUNTED: Final = (
+    *(Fact.INPUT, Fact.COMPUTED, Fact.CACHED, Fact.OUTPUT, Fact.INFERENCES),
+    *(Fact.STEPS, Fact.PREFILL_SECONDS, Fact.DECODE_SECONDS),
+)
 
 
 def _count(value: float | None) -> int | None:
@@ -347,8 +351,8 @@ class EngineScraper:
         if watch.has_llama_models is not False and target.kind in (None, "llamacpp"):
             models = await self._llama_models(session, target.url)
             watch.has_llama_models = models is not None or target.kind == "llamacpp"
-            names = tuple(models or ())
-            statuses = {name: status for name, status in (models or {}).items() if status}
+            names = tuple(name[-MODEL_CHARACTERS:] for name in models or () if name.isprintable())
+            statuses = {name: status for name, status in (models or {}).items() if status and _is_label(name)}
             if statuses:
                 awake = [name for name, status in statuses.items() if status == "loaded"]
                 if not awake:
@@ -397,13 +401,13 @@ class EngineScraper:
     async def _llama_models(self, session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
         """Return the models of a llama.cpp server with their status ("" where it has none); None for another server."""
         try:
-            answer = msgspec.json.decode(await _fetched(session, url + "/v1/models"))
+            answer: Any = _document(await _fetched(session, url + "/v1/models"))
             models = [one for one in answer["data"] if isinstance(one, dict) and isinstance(one.get("id"), str)]
         except _AwayError as error:
             if isinstance(error.__cause__, TimeoutError | aiohttp.ClientConnectionError):
                 raise
             return None
-        except (msgspec.DecodeError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return None
         if not any(one.get("owned_by") == "llamacpp" or "status" in one for one in models):
             return None
@@ -412,19 +416,19 @@ class EngineScraper:
     async def _is_asleep(self, session: aiohttp.ClientSession, url: str) -> bool:
         """Return whether a llama.cpp server says that it sleeps; `/props` is answered without waking it."""
         try:
-            answer = msgspec.json.decode(await _fetched(session, url + "/props"))
-        except (_AwayError, msgspec.DecodeError):
+            answer = _document(await _fetched(session, url + "/props"))
+        except _AwayError:
             return False
         return isinstance(answer, dict) and answer.get("is_sleeping") is True
 
     async def _tgi_model(self, session: aiohttp.ClientSession, url: str) -> tuple[str, ...]:
         """Return the model of a TGI server, whose page names none."""
         try:
-            answer = msgspec.json.decode(await _fetched(session, url + "/info"))
-        except (_AwayError, msgspec.DecodeError):
+            answer = _document(await _fetched(session, url + "/info"))
+        except _AwayError:
             return ()
         model = answer.get("model_id") if isinstance(answer, dict) else None
-        return (model,) if isinstance(model, str) and 0 < len(model) <= 128 and model.isprintable() else ()
+        return (model,) if isinstance(model, str) and _is_label(model) else ()
 
     # ---------------------------------------------------------------- records
 
@@ -553,6 +557,19 @@ def falls_asleep(arguments: Sequence[str]) -> bool:
             value = value or next(iter(arguments[at + 1 : at + 2]), "")
             return not value.startswith("-")
     return False
+
+
+def _document(content: bytes) -> object:
+    """Return what JSON says, None for what is none."""
+    try:
+        return msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _is_label(name: str) -> bool:
+    """Return whether a name may stand in a record as a model."""
+    return 0 < len(name) <= MODEL_CHARACTERS and name.isprintable()
 
 
 async def _fetched(session: aiohttp.ClientSession, url: str) -> bytes:

@@ -15,7 +15,7 @@ from jouletrace.requests.account import EngineState, EngineTotals
 from jouletrace.requests.inflight import NOBODY, Inference, InFlight
 from jouletrace.requests.law import Law, LawBook, PrefillSchedule, Provenance
 from jouletrace.requests.loads import Loads, LoadSpans, ModelShare
-from jouletrace.requests.records import EngineRecord, LoadRecord, Role, StepRecord, Usage
+from jouletrace.requests.records import EngineRecord, LoadRecord, RequestRecord, Role, StepRecord, Usage
 from jouletrace.requests.split import (
     NEVER,
     Activity,
@@ -102,7 +102,7 @@ class Plan:
     """Requests whose boundaries matter."""
     boundaries: Boundaries | None
     loads: LoadSpans
-    """When an engine worked whose requests nobody tells; empty for another."""
+    """When an engine worked whose requests nobody tells, or told yet; empty for another."""
 
     def edges(self) -> Int64s:
         """Return every time at which the engine's members may change."""
@@ -150,6 +150,10 @@ class Engine:
         self.loads = Loads()
         self.requested_ns = 0
         """When a request was last told; 0 for never."""
+        self.told_from_ns = 0
+        """When the oldest request began that was told since the counters were all that was known."""
+        self.living_pids: set[int] = set()
+        """Processes that announced it and were there at the last look."""
         self.late: list[int] = []
         """Slots that came when part of their time was settled."""
         self.counting = False
@@ -234,10 +238,22 @@ class Engine:
             )
         return True
 
+    def note_requested(self, record: RequestRecord, now_ns: int, *, is_first: bool) -> None:
+        """Note that its requests are told, and from when on; `is_first` for the first since it told of none."""
+        if is_first:
+            self.told_from_ns = now_ns
+        began_ns = record.arrival_ns or record.scheduled_ns or record.first_token_ns or record.end_ns or now_ns
+        self.told_from_ns = min(self.told_from_ns, began_ns)
+        self.requested_ns = now_ns
+
     def lives_by_loads(self, now_ns: int) -> bool:
         """Whether its counters are all that is known: they are told, and no request has been for minutes."""
-        is_requested = self.requested_ns > 0 and self.requested_ns > now_ns - SILENT_NS
-        return not is_requested and self.loads.told_ns > now_ns - SILENT_NS
+        return self.loads.told_ns > now_ns - SILENT_NS and not self.is_requested(now_ns)
+
+    def is_requested(self, now_ns: int) -> bool:
+        """Whether its requests are told: one has been in the last minutes, or is in flight."""
+        # A long stream tells nothing for minutes; its tokens come with its end and must not be counted before.
+        return self.requested_ns > max(0, now_ns - SILENT_NS) or any(one.described for one in self.ids.values())
 
     def keep_ns(self, now_ns: int) -> int:
         """Return for how long its unclaimed energy waits for requests; none ever came to one that only counts."""
@@ -342,7 +358,9 @@ class Engine:
                 (table.engine == self.number) & (table.start_ns < until_ns) & (table.end_ns > self.settled_ns)
             )
             boundaries = self._boundaries(slots, until_ns, table) if len(slots) else None
-        loads = self.loads.spans(self.settled_ns, until_ns if self.lives_by_loads(now_ns) else self.settled_ns)
+        loads = self.loads.spans(
+            self.settled_ns, until_ns if self.lives_by_loads(now_ns) else min(until_ns, self.told_from_ns)
+        )
         return Plan(self.settled_ns, until_ns, steps, begin, finish, slots, boundaries, loads)
 
     def skip(self, until_ns: int) -> None:

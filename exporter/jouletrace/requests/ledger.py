@@ -31,7 +31,8 @@ from jouletrace.requests.estimate import unsettled_joules
 from jouletrace.requests.inflight import NO_ACCOUNT, NOBODY, Inference, InFlight
 from jouletrace.requests.intake import FUTURE_NS, Intake
 from jouletrace.requests.law import LawBook
-from jouletrace.requests.records import EngineRecord, LoadRecord, RequestRecord, Status, StepRecord, joined_id
+from jouletrace.requests.loads import ModelShare
+from jouletrace.requests.records import EngineRecord, LoadRecord, RequestRecord, Role, Status, StepRecord, joined_id
 from jouletrace.requests.settled import FLOATS, Settled, answer, method_of
 from jouletrace.requests.sharing import DeviceShares, Owner, any_busy, share_device, slices
 from jouletrace.requests.split import NEVER
@@ -61,6 +62,8 @@ COVERAGE_HALF_LIFE_S = 120.0
 PLACE_PATIENCE_NS = 60 * S
 """How long the requests of an engine without device wait for one: loading a model takes minutes, but nothing ends."""
 UNKNOWN_MODEL = "unknown"
+UNKNOWN_KIND = "other"
+"""Of an engine record that names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,10 @@ class Ledger:
             return Taken.UNKNOWN_DEVICE
         known = self._engines.get(record.engine_id)
         if known is not None:
-            known.describe(record, self._laws)
+            self._end_orphaned(known, now_ns)
+            if record.pid is not None and self.is_alive(record):
+                known.living_pids.add(record.pid)
+            known.describe(self._completed(record, known.record), self._laws)
             known.heard_ns = now_ns
             return Taken.ACCEPTED
         if len(self._engines) >= self._limits.engines:
@@ -138,11 +144,34 @@ class Ledger:
         self._open_engine(record, settled_ns, now_ns)
         return Taken.ACCEPTED
 
+    def _completed(self, record: EngineRecord, known: EngineRecord) -> EngineRecord:
+        """Return an engine's record with what it leaves out as it was told before, by another feed perhaps.
+
+        One that comes from another process and names no device is a feed's (the proxy on a socket) as long as the
+        process that was told before is there; else it is a new life of the engine, of which nothing old holds.
+        """
+        is_elsewhere = record.pid not in (None, known.pid) and known.pid is not None
+        if is_elsewhere and (record.gpu_uuids or not self.is_alive(known)):
+            return record
+        pid = known.pid if record.pid is None or is_elsewhere else record.pid
+        return replace_fields(
+            record,
+            kind=known.kind if record.kind == UNKNOWN_KIND else record.kind,
+            models=record.models or known.models,
+            pid=pid,
+            container_id=record.container_id or known.container_id,
+            pod_uid=record.pod_uid or known.pod_uid,
+            gpu_uuids=record.gpu_uuids or known.gpu_uuids,
+            role=known.role if record.role is Role.MIXED else record.role,
+            max_num_seqs=record.max_num_seqs or known.max_num_seqs,
+        )
+
     def _end_engine(self, engine_id: str) -> Taken:
         """Take an engine as gone as soon as its requests are."""
         engine = self._engines.get(engine_id)
         if engine is None:
             return Taken.UNKNOWN_ENGINE
+        self._end_orphaned(engine, self._now_ns)
         engine.describe(replace_fields(engine.record, pid=None), self._laws)
         engine.heard_ns = 0
         self._retire(engine, self._now_ns)
@@ -207,8 +236,12 @@ class Ledger:
         engine = self._engine_of(record, now_ns)
         if engine is None:
             return Taken.UNKNOWN_ENGINE
-        engine.requested_ns = now_ns
-        return _counted(engine, self._intake.add_request(engine, record, now_ns), now_ns)
+        is_first = not engine.is_requested(now_ns)
+        taken = self._intake.add_request(engine, record, now_ns)
+        # A sender whose clock is off tells nothing: what the engine's counters say counts on.
+        if taken is not Taken.FUTURE and (record.end_ns is None or record.end_ns > now_ns - DEPTH_NS):
+            engine.note_requested(record, now_ns, is_first=is_first)
+        return _counted(engine, taken, now_ns)
 
     def _engine_of(self, record: RequestRecord, now_ns: int) -> Engine | None:
         if record.engine_id is not None:
@@ -328,13 +361,26 @@ class Ledger:
         """Book energy that has waited long enough for its request: by the engine's counters, else as unattributed."""
         loads = engine.loads.release(before_ns)
         if not engine.lives_by_loads(now_ns):
-            self._lose(engine, engine.unclaimed.expire(before_ns))
+            # What lies before the first request that was told is still the counters' to share out.
+            earlier = [load for load in loads if load.end_ns <= engine.told_from_ns]
+            if earlier:
+                shares = engine.loads.shares(earlier, engine.law)
+                self._share_by_loads(engine, earlier, shares, earlier[-1].end_ns)
+            # There, the load that says of the latest is still to be released.
+            patience_ns = STEP_PATIENCE_NS if before_ns < engine.told_from_ns else 0
+            self._lose(engine, engine.unclaimed.expire(before_ns - patience_ns))
             return
         shares = engine.loads.shares(loads, engine.law)
         if before_ns < NEVER:
             # Behind the last load nobody knows yet who worked; without any, perhaps the next one says.
             told_ns = loads[-1].end_ns if loads and shares else 0
             before_ns = max(told_ns, before_ns - (STEP_PATIENCE_NS if shares else UNCLAIMED_NS))
+        self._share_by_loads(engine, loads, shares, before_ns)
+
+    def _share_by_loads(
+        self, engine: Engine, loads: Sequence[LoadRecord], shares: Sequence[ModelShare], before_ns: int
+    ) -> None:
+        """Book energy that waited up to a time, and work, as an engine's counters tell of them."""
         # The moment itself included, so that energy and loads that end together go together.
         untold = engine.unclaimed.untold_joules
         joules = engine.unclaimed.expire(before_ns + 1)
@@ -593,6 +639,7 @@ class Ledger:
         self._forgotten_ns = now_ns - self._limits.settled_ns
         self._settled.expire(self._forgotten_ns)
         for engine in list(self._engines.values()):
+            self._end_orphaned(engine, now_ns)
             self._pass_over(engine, now_ns)
             self._retire(engine, now_ns)
 
@@ -602,6 +649,19 @@ class Ledger:
             engine.placed_ns = now_ns
         elif engine.placed_ns < now_ns - PLACE_PATIENCE_NS:
             engine.skip(now_ns - PLACE_PATIENCE_NS)
+
+    def _end_orphaned(self, engine: Engine, now_ns: int) -> None:
+        """End the requests of an engine whose processes were there and are gone: nobody else will tell."""
+        known = engine.living_pids | ({engine.record.pid} if engine.record.pid is not None else set())
+        living = {pid for pid in known if self.is_alive(replace_fields(engine.record, pid=pid))}
+        died, engine.living_pids = bool(engine.living_pids) and not living, living
+        if not died:
+            return
+        for slot in np.flatnonzero(self._table.engine == engine.number).tolist():
+            inference = self._table.inferences[slot]
+            if inference is not None and inference.described and inference.status is Status.RUNNING:
+                ended = RequestRecord(request_id=inference.request_id, status=Status.FAILED, end_ns=now_ns)
+                self._intake.merge(engine, inference, ended, now_ns)
 
     def is_alive(self, record: EngineRecord) -> bool:
         """Return whether a silent engine is known to be there; one who knows of processes says more."""
@@ -659,7 +719,8 @@ class Ledger:
             inference = table.inferences[slot]
             if inference is not None and inference.described:
                 found.append(self._provisional(self._by_number[inference.engine], inference))
-        return found
+        # What was used since the last settling is in the estimates alone.
+        return sorted(found, key=lambda one: one.energy_joules, reverse=True)
 
     def _provisional(self, engine: Engine, inference: Inference) -> RequestEnergy:
         table = self._table

@@ -46,6 +46,13 @@ COMPLAINT_SECONDS: Final = 60.0
 
 _GRPC_CODES = {400: 3, 401: 16, 403: 7, 408: 4, 413: 8, 415: 3, 429: 8}
 """HTTP statuses as codes of google.rpc.Status (google/rpc/code.proto)."""
+_LOST = {400: Loss.INVALID, 413: Loss.TOO_LONG}
+"""Why a body was not taken that its sender does not send again."""
+
+_SEVERAL = (
+    "several engines are this process: set jouletrace.engine_id to one of them, or with data-parallel ranks in one "
+    "server leave the requests to the plug-in"
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -96,8 +103,8 @@ class SpanIntake:
                 for reason, problem in problems:
                     refused[reason] += 1
                     message = message or problem
-        except UndecodableError:
-            self._inbox.lost(Origin.OTLP, Loss.INVALID)
+        except UndecodableError as error:
+            self.refuse(Loss.INVALID, str(error))
             raise
         for reason, count in refused.items():
             self._inbox.lost(Origin.OTLP, reason, count)
@@ -121,7 +128,7 @@ class SpanIntake:
                 check = self._admission.check()
             assert check is not None
             if sender.engine_id is None:
-                problems.append((Taken.UNKNOWN_ENGINE, "several engines are this process; set jouletrace.engine_id"))
+                problems.append((Taken.UNKNOWN_ENGINE, _SEVERAL))
                 continue
             try:
                 record = request_record(span, kind, sender.engine_id)
@@ -168,6 +175,11 @@ class SpanIntake:
                 return
         self._inbox.lost(Origin.OTLP, Loss.QUEUE_FULL, len(records))
         raise FullError
+
+    def refuse(self, reason: Loss, problem: str) -> None:
+        """Count an export that cannot be taken and say why, now and then."""
+        self._inbox.lost(Origin.OTLP, reason)
+        self._complain(problem)
 
     def _complain(self, problem: str) -> None:
         now = time.monotonic()
@@ -276,6 +288,8 @@ class OtlpReceiver:
             return _refused(problem, answer_type)
         body = await self._entrance.read(request, keep_sent=self._tee is not None)
         if isinstance(body, Problem):
+            if body.status in _LOST:  # The others come again.
+                self._intake.refuse(_LOST[body.status], body.message)
             return _refused(body, answer_type)
         self._entrance.hold(body)
         try:

@@ -1,6 +1,7 @@
 """Which engine a span comes from, by the attributes of its resource.
 
-1. `jouletrace.engine_id`, where an operator has set it, is the engine.
+1. `jouletrace.engine_id`, where an operator has set it, is the engine; when its data-parallel ranks are announced,
+   each as an engine of its own, nobody knows which of them a span is of.
 2. Else an engine that another feed has announced (plug-in, scrape, API), when its process is the one that the resource
    names (`vllm.process_id` or `process.pid`); one that names no process is the only announced engine of its kind, as
    long as no other sender of that kind is about.
@@ -10,6 +11,7 @@ Process ids are those of the sender's own pid namespace. They are looked for in 
 that each process has inside its container; that needs the node's pid namespace (`hostPID` in Kubernetes).
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,8 @@ MODELS: Final = 256
 
 _PROCESS = ("vllm.process_id", "process.pid")
 _PLACE = ("k8s.pod.name", "host.name")
+_RANK = "-dp[0-9]{1,6}"
+"""What stands behind the id of an engine whose data-parallel ranks are engines of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,8 @@ class Senders:
         """Return a sender's engine id and whether it must be announced from here."""
         others = [record for record in self._engines() if record.engine_id not in self._own]
         if who.engine_id:
+            if any(re.fullmatch(re.escape(who.engine_id) + _RANK, record.engine_id) for record in others):
+                return None, False
             return who.engine_id, all(record.engine_id != who.engine_id for record in others)
         if pid is not None:
             line = lineage(pid, self._proc)

@@ -27,6 +27,8 @@ LONGEST_WAIT_SECONDS: Final = 5.0
 """Between two attempts; each is longer than the one before, so that a collector that comes back is not run over."""
 FLUSH_SECONDS: Final = 3.0
 """Time to pass on what is left when the daemon stops."""
+HEADERS_BYTES: Final = 1536
+"""What an export takes beside its body: 1,430 bytes with the eight headers of OpenTelemetry's Python exporter."""
 RETRYABLE: Final = frozenset({429, 502, 503, 504})
 """OTLP specification, "Failures", "Retryable Response Codes"; all others are final."""
 _NOT_PASSED_ON = frozenset(
@@ -69,6 +71,11 @@ class Export:
 
     body: bytes
     headers: Mapping[str, str]
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of the buffer."""
+        return len(self.body) + HEADERS_BYTES
 
 
 class Tee:
@@ -149,7 +156,8 @@ class Tee:
         for name in [name for name in passed if name.lower() == "via"]:
             del passed[name]
         passed[hdrs.VIA] = f"{came_by}, 1.1 {self._via}".removeprefix(", ")
-        if self._held_bytes + len(body) > self._buffer_bytes:
+        export = Export(body, {**passed, **self._headers})
+        if self._held_bytes + export.held_bytes > self._buffer_bytes:
             self._dropped[Drop.BUFFER_FULL] += 1
             self._transitions.failed(
                 Drop.BUFFER_FULL,
@@ -160,8 +168,8 @@ class Tee:
             return
         self._transitions.recovered(Drop.BUFFER_FULL, "there is room for spans again", url=self._url)
         self._held += 1
-        self._held_bytes += len(body)
-        self._waiting.append(Export(body, {**passed, **self._headers}))
+        self._held_bytes += export.held_bytes
+        self._waiting.append(export)
         self._filled.set()
         self._drained.clear()
 
@@ -228,7 +236,7 @@ class Tee:
         self._let_go(export)
 
     def _let_go(self, export: Export) -> None:
-        self._held_bytes -= len(export.body)
+        self._held_bytes -= export.held_bytes
         self._held -= 1
         if not self._held:
             self._drained.set()

@@ -18,7 +18,7 @@ from jouletrace.engines.client import Client
 from jouletrace.engines.proxy.energy import EnergyDesk
 from jouletrace.engines.proxy.forward import Proxy
 from jouletrace.engines.proxy.options import Options
-from jouletrace.web.serve import WebServer
+from jouletrace.web.serve import Limits, WebServer
 
 CONNECT_SECONDS: Final = 10.0
 """To reach the server behind; how long it then takes to answer is its business."""
@@ -27,6 +27,8 @@ IDLE_SECONDS: Final = 4.0
 DRAIN_SECONDS: Final = 10.0
 """What running answers get to end in when the proxy is stopped."""
 MAX_HEADER_BYTES: Final = 64 << 10
+LIMITS: Final = Limits(connections=16384, connections_per_origin=16384, head_bytes=MAX_HEADER_BYTES)
+"""As many as there may be requests in flight; a gateway before the proxy is one address."""
 SWITCH_SECONDS: Final = 0.0005
 """The thread that sends records must not keep the chunks of a stream waiting for the usual 5 ms."""
 
@@ -78,7 +80,9 @@ async def serving(options: Options) -> AsyncIterator[tuple[Proxy, tuple[str, ...
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", proxy.handle)
         # A client that goes ends its request: else the server behind would work on for nobody.
-        server = WebServer(app, shutdown_seconds=DRAIN_SECONDS, address_flag="--listen", cancels_handlers=True)
+        server = WebServer(
+            app, shutdown_seconds=DRAIN_SECONDS, address_flag="--listen", cancels_handlers=True, limits=LIMITS
+        )
         try:
             await server.start(options.listen)
             _announce(client, options)
