@@ -60,7 +60,7 @@ benchmark: $(VENV)/.test ## cost of the whole daemon on simulated H200s; prints 
 	@./tests/system-packages.sh gcc libc6-dev
 	$(BIN)/python -m tests.benchmarks.daemon_cost
 
-fuzz-http: $(VENV)/.test ## Schemathesis against a running daemon, by its own OpenAPI document (3 minutes)
+fuzz-http: $(VENV)/.test ## Schemathesis against a running daemon, by its own OpenAPI document (half a minute)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4,<5'
 	$(BIN)/python -m tests.fuzz_http $(FUZZ_ARGS)
 

@@ -406,6 +406,19 @@ class Log(Section, frozen=True):
     ] = "auto"
 
 
+class WebConfigFile(Section, frozen=True):
+    """Who may read: TLS and passwords, as for other Prometheus exporters."""
+
+    file: Annotated[
+        str,
+        _Text("FILE", ".*", "a path, or nothing"),
+        Meta(
+            description="The web configuration of the Prometheus exporter toolkit: TLS, client certificates, "
+            "passwords, headers and a rate limit; it and the files that it names are re-read when they change."
+        ),
+    ] = ""
+
+
 class Web(Section, frozen=True):
     """Where metrics, health and the live page are served."""
 
@@ -427,11 +440,20 @@ class Web(Section, frozen=True):
         ),
         Meta(description="The path of the metrics."),
     ] = "/metrics"
+    config: WebConfigFile = WebConfigFile()
 
 
 class Ingest(Section, frozen=True):
     """How records of engines, steps and requests come in, besides HTTP."""
 
+    listen_address: Annotated[
+        tuple[str, ...],
+        _List(_Address()),
+        Meta(
+            description="The addresses at which `/v1/` takes records; if there are any, `web.listen_address` takes "
+            "none and only answers."
+        ),
+    ] = ()
     stream_socket: Annotated[
         str,
         _Text("PATH", "(/.*|off)?", "an absolute path, off, or nothing"),
@@ -896,11 +918,18 @@ def _check_combinations(config: Config, settings: Mapping[str, _Setting]) -> Non
             "the process would end while it is still ready",
             f"set driver.give_up_after to {format_duration(config.readiness.stale_after)} or more",
         )
-    everywhere = {port for host, port in map(split_address, config.web.listen_address) if host is None}
-    for address in config.web.listen_address:
+    for name, addresses in (
+        ("web.listen_address", config.web.listen_address),
+        ("ingest.listen_address", config.ingest.listen_address),
+    ):
+        _check_addresses(name, addresses, settings)
+
+
+def _check_addresses(name: str, addresses: Sequence[str], settings: Mapping[str, _Setting]) -> None:
+    everywhere = {port for host, port in map(split_address, addresses) if host is None}
+    for address in addresses:
         host, port = split_address(address)
         if host is not None and port != 0 and port in everywhere:
-            name = "web.listen_address"
             raise ConfigError(
                 f"{settings[name].origin}: {name}: {address} is already part of :{port}, "
                 "which is all interfaces; remove one of them"

@@ -143,6 +143,8 @@ OTHER_VALUES = {
     "log.format": ("console", "console"),
     "web.listen_address": ("127.0.0.1:1,[::1]:2", ("127.0.0.1:1", "[::1]:2")),
     "web.telemetry_path": ("/m", "/m"),
+    "web.config.file": ("/etc/web.yml", "/etc/web.yml"),
+    "ingest.listen_address": (":9842", (":9842",)),
     "ingest.stream_socket": ("/run/a b.sock", "/run/a b.sock"),
     "ingest.datagram_socket": ("off", "off"),
     "ingest.socket_access": ("owner", "owner"),

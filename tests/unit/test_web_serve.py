@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from jouletrace.web.serve import ListenError, WebServer
+from jouletrace.web.serve import Limits, ListenError, WebServer
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -154,3 +154,74 @@ async def test_idle_connections_are_closed_after_the_keep_alive_time(server: Web
     await server.start(["127.0.0.1:0"], keep_alive_seconds=0.05)
     # read() returns when the server closes, which it does well within raw's 10 s.
     assert (await raw(server.urls[0], GET)).endswith(b"here")
+
+
+async def test_slow_headers_are_not_waited_for() -> None:
+    server = WebServer(app(), limits=Limits(head_seconds=0.2))
+    await server.start(["127.0.0.1:0"])
+    host, _, port = server.urls[0].removeprefix("http://").rpartition(":")
+    # Silent from the start, slow in the first head, slow in a later one.
+    for beginning, expected in ((b"", b""), (b"GET / HTTP/1.1\r\n", b""), (GET + b"GET / HTTP/1.1\r\nX", b"here")):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(beginning)
+
+        async def dribble(writer: asyncio.StreamWriter = writer) -> None:
+            while not writer.is_closing():
+                await asyncio.sleep(0.05)
+                writer.write(b"X")
+                await writer.drain()
+
+        dribbling = asyncio.create_task(dribble())
+        try:
+            assert (await asyncio.wait_for(reader.read(), 2)).endswith(expected)
+        except ConnectionError:
+            assert not expected
+        dribbling.cancel()
+        await asyncio.wait({dribbling})
+        writer.close()
+    await server.stop()
+
+
+async def test_a_slow_answer_is_not_a_slow_head() -> None:
+    server = WebServer(app(delay_seconds=0.4), limits=Limits(head_seconds=0.1))
+    await server.start(["127.0.0.1:0"])
+    assert await get(server.urls[0]) == "here"
+    await server.stop()
+
+
+async def test_all_headers_together_have_a_limit(server: WebServer) -> None:
+    await server.start(["127.0.0.1:0"])
+    host, _, port = server.urls[0].removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET / HTTP/1.1\r\n")
+    # Just over the limit: a client that goes on sending is reset and may miss the answer.
+    for number in range(9):
+        writer.write(f"X-{number}: ".encode() + b"a" * 4000 + b"\r\n")
+        await asyncio.sleep(0)
+    assert (await asyncio.wait_for(reader.read(100), 5)).startswith(b"HTTP/1.1 431 ")
+    writer.close()
+
+
+async def test_connections_have_a_limit_and_room_is_found_again() -> None:
+    server = WebServer(app(), limits=Limits(connections=4, connections_per_origin=3))
+    await server.start(["127.0.0.1:0"])
+    host, _, port = server.urls[0].removeprefix("http://").rpartition(":")
+
+    async def connect(local: str) -> tuple[bool, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(host, int(port), local_addr=(local, 0))
+        writer.write(GET)
+        try:
+            return b"here" in await asyncio.wait_for(reader.read(500), 5), writer
+        except ConnectionError:
+            return False, writer
+
+    origins = ["127.0.0.1"] * 4 + ["127.0.0.2"] * 2
+    connected = [await connect(origin) for origin in origins]
+    assert [answered for answered, _ in connected] == [True, True, True, False, True, False]
+    for _, writer in connected:
+        writer.close()
+    await asyncio.sleep(0.1)
+    again, writer = await connect("127.0.0.1")
+    assert again
+    writer.close()
+    await server.stop()

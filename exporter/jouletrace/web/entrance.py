@@ -90,15 +90,21 @@ class Entrance:
                 403,
                 "Only clients on this machine are answered; set ingest.token_file to let others in, with the token.",
             )
-        scheme, _, given = authorization.partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(
-            given.strip().encode(errors="surrogateescape"), self._token
-        ):
+        if self.has_token(authorization):
             return None
         return Problem(
             401,
             "The token is missing or wrong: send the one of ingest.token_file as Authorization: Bearer TOKEN.",
             {hdrs.WWW_AUTHENTICATE: 'Bearer realm="jouletrace"'},
+        )
+
+    def has_token(self, authorization: str) -> bool:
+        """Return whether an Authorization is the token, which lets in everywhere; never, where there is none."""
+        scheme, _, given = authorization.partition(" ")
+        return (
+            self._token is not None
+            and scheme.lower() == "bearer"
+            and hmac.compare_digest(given.strip().encode(errors="surrogateescape"), self._token)
         )
 
     def hold(self, body: Body) -> None:
@@ -193,6 +199,23 @@ def is_loopback(address: str) -> bool:
         return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return bool((mapped or parsed).is_loopback)
+
+
+@lru_cache(PEERS)
+def origin_of(address: str) -> str:
+    """Return whom an IP address stands for when attempts are counted: an IPv4 address, or the /64 of an IPv6 one.
+
+    Whoever has one IPv6 address has 2^64 of them (RFC 6177).
+    """
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)
 
 
 def _too_large(limit_bytes: int) -> Problem:

@@ -4,14 +4,20 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.web_protocol import RequestHandler
 
 from jouletrace.config import split_address
+from jouletrace.logs import Transitions
 from jouletrace.web.application import SERVER_NAME
+from jouletrace.web.entrance import origin_of
 
 KEEP_ALIVE_SECONDS = 180.0
 """An idle connection lives through two scrapes at the longest usual interval of one minute, and then some."""
@@ -19,12 +25,34 @@ MAX_LINE_BYTES = 8190
 """Longest request line and longest header field; Apache's and aiohttp's default."""
 SHUTDOWN_SECONDS = 5.0
 """Time that running requests get to finish when the daemon stops."""
+RETRY_ACCEPT_SECONDS: Final = 1.0
+"""Pause when the kernel gives no more connections, for want of descriptors mostly; clients wait in its queue."""
+COMPLAINT_SECONDS: Final = 60.0
+"""Connections that are closed for being too many are logged at most this often."""
+TLS_SHUTDOWN_SECONDS: Final = 5.0
+"""Time that a client gets to say goodbye."""
 
 _log = structlog.get_logger(__name__)
 
 
 class ListenError(Exception):
     """An address cannot be listened on; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What clients may hold of a server. Beyond it connections are closed."""
+
+    connections: int = 512
+    """A scrape, a probe and the feeds of 8 engines need some 50; systemd's soft limit of descriptors is 1024."""
+    connections_per_origin: int = 256
+    """Of one address, so that one host cannot keep all others out."""
+    head_seconds: float = 10.0
+    """For the TLS handshake, and from there, or from a later request's first byte, to the end of the headers."""
+    head_bytes: int = 32 * 1024
+    """All headers together; nginx takes as much."""
+    silent_seconds: float = 60.0
+    """A client that takes nothing of its answer for so long is gone (TCP_USER_TIMEOUT, tcp(7))."""
 
 
 class WebServer:
@@ -37,26 +65,37 @@ class WebServer:
         shutdown_seconds: float = SHUTDOWN_SECONDS,
         address_flag: str = "--web.listen-address",
         cancels_handlers: bool = False,
+        tls: Callable[[], ssl.SSLContext | None] = lambda: None,
+        limits: Limits = Limits(),
     ) -> None:
-        """`cancels_handlers`: whether a client that goes ends the answering of its request, too."""
+        """`cancels_handlers`: whether a client that goes ends the answering of its request, too.
+
+        `tls` is asked at each new connection: a rotated certificate needs no new socket.
+        """
         self._runner = web.AppRunner(app, shutdown_timeout=shutdown_seconds, handler_cancellation=cancels_handlers)
         self._address_flag = address_flag
-        self._servers: list[asyncio.Server] = []
-        self._secure = False
+        self._tls = tls
+        self._limits = limits
+        self._keep_alive_seconds = KEEP_ALIVE_SECONDS
+        self._sockets: list[socket.socket] = []
+        self._accepting: list[asyncio.Task[None]] = []
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._connections: Counter[str] = Counter()
+        self._failures = Transitions(_log, time.monotonic_ns)
+        self._closed = 0
+        self._quiet_until = 0.0
 
     @property
     def urls(self) -> tuple[str, ...]:
         """Return the base URL of each socket, with the real port where 0 was asked for."""
-        scheme = "https" if self._secure else "http"
-        names = [_name(sock) for server in self._servers for sock in server.sockets]
-        return tuple(f"{scheme}://{name}" for name in names)
+        scheme = "http" if self._tls() is None else "https"
+        return tuple(f"{scheme}://{_name(sock)}" for sock in self._sockets)
 
     async def start(
         self,
         addresses: Sequence[str],
         *,
         passed: Sequence[socket.socket] = (),
-        ssl_context: ssl.SSLContext | None = None,
         keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         """Listen on all addresses (such as `:9841`, `[::1]:9841`) or, raising ListenError, on none.
@@ -64,45 +103,161 @@ class WebServer:
         `passed` are TCP sockets that listen already; they are served, too.
         """
         await self._runner.setup()
-        loop = asyncio.get_running_loop()
-        manager = self._runner.server
-        assert manager is not None
-
-        def connection() -> asyncio.Protocol:
-            return _Connection(
-                manager,
-                loop=loop,
-                keepalive_timeout=keep_alive_seconds,
-                max_line_size=MAX_LINE_BYTES,
-                max_field_size=MAX_LINE_BYTES,
-                # Handlers unpack bodies themselves, with a limit; aiohttp logs a traceback for a damaged one.
-                auto_decompress=False,
-                # None turns the access log off, as in AppRunner; only the annotation denies it.
-                access_log=None,  # type: ignore[arg-type]
-            )
-
-        self._secure = ssl_context is not None
+        self._keep_alive_seconds = keep_alive_seconds
+        self._sockets += passed
         try:
-            for sock in passed:
-                self._servers.append(await loop.create_server(connection, sock=sock, ssl=ssl_context))
             for address in addresses:
-                for sock in await _open(address, self._address_flag):
-                    server = await loop.create_server(connection, sock=sock, ssl=ssl_context)
-                    self._servers.append(server)
+                self._sockets += await _open(address, self._address_flag)
         except BaseException:
             await self.stop()
             raise
+        for sock in self._sockets:
+            sock.setblocking(False)
+            self._accepting.append(asyncio.create_task(self._accept(sock)))
 
     async def stop(self) -> None:
         """Take no more requests, let the running ones finish, and close everything."""
-        for server in self._servers:
-            server.close()
+        tasks = {*self._accepting, *self._arriving}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for sock in self._sockets:
+            sock.close()
         await self._runner.cleanup()
-        self._servers.clear()
+        self._sockets.clear()
+        self._accepting.clear()
+
+    async def _accept(self, listening: socket.socket) -> None:
+        """Take connections one by one. asyncio's own server counts none before its TLS handshake is done."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, address = await loop.sock_accept(listening)
+            except ConnectionError:
+                continue  # The client went before it was its turn.
+            except OSError as error:
+                self._failures.failed("accept", "no connection can be accepted", problem=error.strerror)
+                await asyncio.sleep(RETRY_ACCEPT_SECONDS)
+                continue
+            self._failures.recovered("accept", "connections are accepted again")
+            self._admit(sock, origin_of(str(address[0])))
+            # A flood of connections takes turns with everybody else.
+            await asyncio.sleep(0)
+
+    def _admit(self, sock: socket.socket, origin: str) -> None:
+        limits, manager = self._limits, self._runner.server
+        assert manager is not None
+        if (
+            self._connections.total() >= limits.connections
+            or self._connections[origin] >= limits.connections_per_origin
+        ):
+            sock.close()
+            self._complain(origin)
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.silent_seconds * 1000))
+        self._connections[origin] += 1
+
+        def left() -> None:
+            self._connections[origin] -= 1
+            if not self._connections[origin]:
+                del self._connections[origin]
+
+        connection = _Connection(
+            manager,
+            limits=limits,
+            left=left,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=self._keep_alive_seconds,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
+            # Handlers unpack bodies themselves, with a limit; aiohttp logs a traceback for a damaged one.
+            auto_decompress=False,
+            # None turns the access log off, as in AppRunner.
+            access_log=None,
+        )
+
+        def arrived(task: "asyncio.Task[None]") -> None:
+            self._arriving.discard(task)
+            if not connection.began:
+                sock.close()
+                left()
+
+        task = asyncio.create_task(self._connect(sock, connection))
+        self._arriving.add(task)
+        task.add_done_callback(arrived)
+
+    async def _connect(self, sock: socket.socket, connection: "_Connection") -> None:
+        context = self._tls()
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection,
+                sock,
+                ssl=context,
+                ssl_handshake_timeout=None if context is None else self._limits.head_seconds,
+                ssl_shutdown_timeout=None if context is None else TLS_SHUTDOWN_SECONDS,
+            )
+        except OSError as error:
+            _log.debug("A connection came to nothing.", problem=str(error))
+
+    def _complain(self, origin: str) -> None:
+        self._closed += 1
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            _log.warning("too many connections: further ones are closed", remote=origin, closed=self._closed)
+            self._closed = 0
+            self._quiet_until = now + COMPLAINT_SECONDS
 
 
 class _Connection(RequestHandler):
-    """A connection whose answers to malformed requests name no versions and leave no traceback in the log."""
+    """A connection that does not wait for slow headers.
+
+    Its answers to malformed requests name no versions and leave no traceback in the log.
+    """
+
+    def __init__(self, manager: web.Server, *, limits: Limits, left: Callable[[], None], **options: Any) -> None:
+        super().__init__(manager, **options)
+        self.began = False
+        """Whether it was made, its TLS handshake included; `left` is called when it is lost."""
+        self._limits = limits
+        self._left = left
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.began = True
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+        self._left()
+
+    def data_received(self, data: bytes) -> None:
+        # aiohttp says neither when a head begins nor when it is complete, but for these two.
+        waiter, count = self._waiter, self._request_count
+        awaits_head = waiter is not None and not waiter.done()
+        super().data_received(data)
+        if self._request_count != count:
+            self._end_head()
+        elif awaits_head:
+            self._head_bytes += len(data)
+            if self._head_timer is None:
+                self._await_head()
+            if self._head_bytes > self._limits.head_bytes:
+                if self.transport is not None:
+                    self.transport.write(_HEAD_TOO_LARGE)
+                self.force_close()
+
+    def _await_head(self) -> None:
+        self._head_timer = self._loop.call_later(self._limits.head_seconds, self.force_close)
+
+    def _end_head(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def handle_error(
         self,
@@ -116,6 +271,13 @@ class _Connection(RequestHandler):
         response.headers[hdrs.SERVER] = SERVER_NAME
         response.force_close()
         return response
+
+
+_HEAD_TOO_LARGE: Final = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nServer: "
+    + SERVER_NAME.encode()
+    + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
 
 
 async def _open(address: str, flag: str) -> list[socket.socket]:

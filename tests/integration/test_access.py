@@ -1,0 +1,273 @@
+"""Who may read and write: real clients (curl, openssl, Prometheus) against the whole daemon."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import bcrypt
+import pytest
+from tests.benchmarks.failed_logins import measure
+from tests.certificates import Authority, tls_section, write_anew
+from tests.daemon_process import DaemonProcess, run_command
+
+pytestmark = [
+    pytest.mark.timeout(90),
+    pytest.mark.skipif(
+        shutil.which("curl") is None or shutil.which("openssl") is None, reason="needs curl and openssl"
+    ),
+]
+
+WORD = "correct horse battery"
+
+
+def users(password: str = WORD, cost: int = 10) -> str:
+    hashed = bcrypt.hashpw(password.encode(), bcrypt.gensalt(cost)).decode().replace("$2b$", "$2y$")
+    return f"basic_auth_users:\n  prometheus: {hashed}\n"
+
+
+@pytest.fixture(name="authority")
+def fixture_authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def served(tmp_path: Path, web_config: str, *arguments: str) -> DaemonProcess:
+    file = tmp_path / "web.yml"
+    file.write_text(web_config)
+    return DaemonProcess(tmp_path, "--demo", "--web.config.file", str(file), *arguments)
+
+
+def curl(url: str, *options: str) -> tuple[int, str]:
+    """Return curl's view: HTTP status (0 when there was no answer) and body."""
+    done = subprocess.run(
+        ["curl", "--silent", "--max-time", "5", "--write-out", "\n%{http_code}", *options, url],
+        capture_output=True, text=True, timeout=10, check=False,
+    )  # fmt: skip
+    body, _, status = done.stdout.rpartition("\n")
+    return int(status), body
+
+
+def handshake(url: str, *options: str) -> str:
+    address = url.removeprefix("https://")
+    done = subprocess.run(
+        ["openssl", "s_client", "-connect", address, *options],
+        input="", capture_output=True, text=True, timeout=10, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_tls_and_passwords(tmp_path: Path, authority: Authority) -> None:
+    cert, key = authority.issue("server", "127.0.0.1")
+    headers = "http_server_config:\n  headers:\n    Strict-Transport-Security: max-age=60\n"
+    with served(tmp_path, tls_section(cert, key) + headers + users()) as daemon:
+        url = daemon.url
+        assert url.startswith("https://")
+        ca = ("--cacert", str(authority.file))
+        assert curl(url + "/metrics")[0] == 0
+        assert curl(url + "/metrics", *ca)[0] == 401
+        assert curl(url + "/metrics", *ca, "-u", "prometheus:wrong")[0] == 401
+        assert curl(url + "/metrics", *ca, "-u", f"nobody:{WORD}")[0] == 401
+        status, body = curl(url + "/metrics", *ca, "-u", f"prometheus:{WORD}")
+        assert status == 200
+        assert "jouletrace_up" in body
+        for path in ("/", "/v1/live", "/no/such/page", "/-/live/live.js"):
+            assert curl(url + path, *ca)[0] == 401, path
+        for path in ("/-/healthy", "/v1/openapi.json", "/v1/schema", "/v1/ledger"):
+            assert curl(url + path, *ca)[0] == 200, path
+        status, answer = curl(url + "/-/healthy", *ca, "--include")
+        assert "strict-transport-security: max-age=60" in answer.lower()
+        status, answer = curl(url + "/metrics", *ca, "--include")
+        assert 'www-authenticate: basic realm="jouletrace"' in answer.lower()
+        assert "TLSv1.2" in handshake(url, "-tls1_2")
+        assert "TLSv1.3" in handshake(url, "-tls1_3")
+        assert "Cipher is (NONE)" in handshake(url, "-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0")
+        assert WORD not in daemon.text()
+        assert "$2y$" not in daemon.text()
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.ends() == 0
+
+
+def test_client_certificates(tmp_path: Path, authority: Authority) -> None:
+    cert, key = authority.issue("server", "127.0.0.1")
+    known, known_key = authority.issue("known", "prometheus.example")
+    other, other_key = authority.issue("other", "somebody.example")
+    stranger, stranger_key = Authority(tmp_path).issue("stranger", "prometheus.example")
+    section = tls_section(
+        cert, key, f"client_ca_file: {authority.file}", "client_auth_type: RequireAndVerifyClientCert",
+        "client_allowed_sans: [prometheus.example]",
+    )  # fmt: skip
+    with served(tmp_path, section) as daemon:
+        url = daemon.url + "/metrics"
+        ca = ("--cacert", str(authority.file))
+        assert curl(url, *ca)[0] == 0
+        assert curl(url, *ca, "--cert", str(stranger), "--key", str(stranger_key))[0] == 0
+        assert curl(url, *ca, "--cert", str(other), "--key", str(other_key))[0] == 403
+        assert curl(url, *ca, "--cert", str(known), "--key", str(known_key))[0] == 200
+        daemon.assert_calm()
+
+
+def serial(pem: Path) -> str:
+    done = subprocess.run(
+        ["openssl", "x509", "-noout", "-serial", "-in", str(pem)], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def served_serial(url: str) -> str:
+    done = subprocess.run(
+        ["openssl", "x509", "-noout", "-serial"], input=handshake(url), capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_rotation_loses_no_scrape(tmp_path: Path, authority: Authority) -> None:
+    cert, key = authority.issue("server", "127.0.0.1")
+    with served(tmp_path, tls_section(cert, key)) as daemon:
+        url = daemon.url
+        failed: list[tuple[str, int]] = []
+        scrapes = 0
+        over = threading.Event()
+
+        def scrape() -> None:
+            nonlocal scrapes
+            while not over.is_set():
+                # Two on one connection: the second may find that it is of the old certificate.
+                ca = ("--cacert", str(authority.file))
+                status, codes = curl(url + "/metrics", *ca, "-o", "/dev/null", "-o", "/dev/null", url + "/-/healthy")
+                scrapes += 1
+                if (codes.strip(), status) != ("200", 200):
+                    failed.append((codes, status))
+
+        scraper = threading.Thread(target=scrape)
+        scraper.start()
+        try:
+            for _ in range(3):
+                before = served_serial(url)
+                authority.issue("server", "127.0.0.1")
+                assert serial(cert) != before
+                daemon.until("the new certificate", lambda: served_serial(url) == serial(cert))
+        finally:
+            over.set()
+            scraper.join(10)
+        assert scrapes > 20
+        assert failed == []
+        # A broken file changes nothing, and is said once.
+        good = served_serial(url)
+        write_anew(cert, b"no certificate")
+        kept = "the old one stays"
+        daemon.until("the complaint", lambda: kept in daemon.text())
+        time.sleep(2.5)
+        assert daemon.text().count(kept) == 1
+        assert served_serial(url) == good
+        authority.issue("server", "127.0.0.1")
+        daemon.until("recovery", lambda: "can be read again" in daemon.text())
+        daemon.assert_calm()
+
+
+def test_a_reload_changes_passwords_at_once(tmp_path: Path) -> None:
+    with served(tmp_path, users("old", 4)) as daemon:
+        metrics = daemon.url + "/metrics"
+        assert curl(metrics, "-u", "prometheus:old")[0] == 200
+        write_anew(tmp_path / "web.yml", users("new", 4).encode())
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.until("the new password", lambda: curl(metrics, "-u", "prometheus:new")[0] == 200)
+        assert curl(metrics, "-u", "prometheus:old")[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tls_server_confg: {}\n", "tls_server_confg: is not a known key; did you mean tls_server_config?"),
+        ("basic_auth_users:\n  a: hunter2\n", "web.yml:2: basic_auth_users.a: is not a bcrypt hash"),
+        ("tls_server_config:\n  cert_file: no.pem\n  key_file: no.key\n", "no.pem cannot be read"),
+        ("rate_limit: [\n", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "web.yml"
+    file.write_text(text)
+    for command in ("check-config", "run"):
+        arguments = ["--demo", "--state-dir", str(tmp_path)] if command == "run" else []
+        done = run_command(command, "--web.config.file", str(file), *arguments)
+        assert done.returncode == 2
+        [line] = done.stderr.splitlines()
+        assert says in line
+        assert "hunter2" not in line
+
+
+def test_records_have_their_own_door(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, "--demo", "--ingest.listen-address", "127.0.0.1:0") as daemon:
+        [door] = daemon.until(
+            "the second listener", lambda: [e["endpoint"] for e in daemon.events() if e["event"] == "taking records"]
+        )
+        post = ("-d", '{"request_id": "a"}')
+        assert curl(daemon.url + "/v1/requests", *post)[0] == 405
+        assert curl(daemon.url + "/v1/engines", *post)[0] == 404
+        assert curl(door + "requests", *post)[0] == 200
+        assert curl(door + "ledger")[0] == 200
+        assert curl(daemon.url + "/v1/ledger")[0] == 200
+        assert curl(door.removesuffix("/v1/") + "/metrics")[0] == 404
+
+
+@pytest.fixture(name="prometheus")
+def fixture_prometheus(tmp_path: Path) -> tuple[Path, int]:
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = int(sock.getsockname()[1])
+    return tmp_path / "prometheus.yml", port
+
+
+@pytest.mark.prometheus
+def test_prometheus_scrapes_with_tls_and_password(
+    tmp_path: Path, authority: Authority, prometheus: tuple[Path, int]
+) -> None:
+    cert, key = authority.issue("server", "127.0.0.1")
+    file, port = prometheus
+    web_config = tls_section(cert, key) + users()
+    with served(tmp_path, web_config) as daemon:
+        checked = subprocess.run(
+            ["promtool", "check", "web-config", str(tmp_path / "web.yml")], capture_output=True, text=True, check=False
+        )
+        assert checked.returncode == 0, checked.stderr
+        target = daemon.url.removeprefix("https://")
+        job = (
+            "  - job_name: {name}\n    scheme: https\n    tls_config: {{ca_file: {ca}}}\n"
+            "    basic_auth: {{username: prometheus, password: {password}}}\n"
+            "    static_configs: [{{targets: ['{target}']}}]\n"
+        )
+        jobs = [("right", WORD), ("wrong", "guess")]
+        file.write_text(
+            "global: {scrape_interval: 1s, scrape_timeout: 900ms}\nscrape_configs:\n"
+            + "".join(job.format(name=n, ca=authority.file, password=p, target=target) for n, p in jobs)
+        )
+        running = subprocess.Popen(
+            [
+                "prometheus", f"--config.file={file}", f"--web.listen-address=127.0.0.1:{port}",
+                f"--storage.tsdb.path={tmp_path / 'tsdb'}", "--log.level=error",
+            ],
+        )  # fmt: skip
+        try:
+
+            def up() -> dict[str, str] | None:
+                url = f"http://127.0.0.1:{port}/api/v1/query?query=up"
+                with urllib.request.urlopen(url, timeout=2) as response:
+                    rows = json.load(response)["data"]["result"]
+                return {row["metric"]["job"]: row["value"][1] for row in rows}
+
+            daemon.until("both jobs", lambda: up() == {"right": "1", "wrong": "0"}, seconds=30)
+        finally:
+            running.terminate()
+            running.wait(15)
+        daemon.assert_calm()
+
+
+def test_failed_logins_do_not_slow_scrapes(tmp_path: Path) -> None:
+    felt = measure(tmp_path, addresses=1, logins=1000)
+    assert "'429': " in felt.answers
+    assert felt.quantile(0.99) < 0.05
