@@ -957,7 +957,7 @@ def test_prefill_parts_pay_by_tokens() -> None:
 
 
 def test_a_feed_that_knows_the_engine_s_name_of_a_request_tells_of_the_same_one() -> None:
-    """vLLM calls `req-0` `chatcmpl-req-0`; proxy and middleware know what the client sent (captured vLLM 0.32 feeds)."""
+    """vLLM calls `req-0` `chatcmpl-req-0`; the proxy knows what the client sent (captured vLLM 0.32 feeds)."""
     book = ledger()
     for number, prefix, suffix in ((0, "chatcmpl-", ""), (1, "cmpl-", "-0"), (2, "", "")):
         arrival_ns = START_NS + number * S
