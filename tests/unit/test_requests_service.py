@@ -134,11 +134,11 @@ async def test_a_burst_is_absorbed_while_the_loop_stays_quick() -> None:
         for start in range(0, len(records), 500):
             assert rig.inbox.offer(Origin.HTTP, records[start : start + 500])
         while len(rig.inbox):
-            began = time.perf_counter()
+            began = time.thread_time()
             await asyncio.sleep(0)
-            longest = max(longest, time.perf_counter() - began)
+            longest = max(longest, time.thread_time() - began)
     assert rig.account.records == records
-    # A turn is 2 ms of booking; the rest is for a machine that does other things as well.
+    # CPU time of the loop: a turn is 2 ms of booking, the rest is for a slower machine.
     assert longest < 0.1
 
 
