@@ -1,4 +1,3 @@
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from tests.ledger_driver import Timed, tell, views
 from tests.step_simulator import START_NS as LEDGER_NS
+from tests.stepped_clock import START_NS, SteppedClock
 
 from jouletrace.diagnosis.causes import Cause, EngineDiagnosis
 from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
@@ -26,29 +26,6 @@ from jouletrace.trace.recording import read
 
 DEMO = Path(__file__).parents[2] / "exporter/jouletrace/demo/recording.json.gz"
 S = 1_000_000_000
-START_NS = 2_000_000_000 * S
-
-
-class SteppedClock:
-    """Time that passes only when a test says so."""
-
-    def __init__(self) -> None:
-        self.t_ns = START_NS
-
-    def now_ns(self) -> int:
-        return self.t_ns
-
-    def from_wall(self, wall_ns: int) -> int:
-        return wall_ns
-
-    def to_wall(self, steady_ns: int) -> int:
-        return steady_ns
-
-    def wall_step_ns(self) -> int:
-        return 0
-
-    def wait(self, until_ns: int, wake: threading.Event) -> None:
-        self.t_ns = max(self.t_ns, until_ns)
 
 
 class Replayed:

@@ -64,7 +64,7 @@ def test_outside_the_measured_range_it_says_nothing(batch: float) -> None:
         "/models/meta-llama/Llama-3.1-8B-Instruct/",
         "/data/Llama-3.1-8B-Instruct",
         "./Llama-3.1-8B-Instruct",
-        "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0e9e39f249a16976918f6564b8830bc894c89659",
+        "/models/huggingface/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0e9e39f249a16976918f6564b8830bc894c89659",
     ],
 )
 def test_names_of_the_same_model(name: str) -> None:

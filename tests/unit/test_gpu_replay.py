@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.stepped_clock import START_NS, SteppedClock
 
 from jouletrace.energy.meter import EnergySource, Meter
 from jouletrace.gpu.readings import (
@@ -25,29 +26,6 @@ REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "exporter/jouletrace/demo/recording.json.gz"
 S = 1_000_000_000
 MS = 1_000_000
-START_NS = 2_000_000_000 * S
-
-
-class SteppedClock:
-    """Time that passes only when a test says so."""
-
-    def __init__(self) -> None:
-        self.t_ns = START_NS
-
-    def now_ns(self) -> int:
-        return self.t_ns
-
-    def from_wall(self, wall_ns: int) -> int:
-        return wall_ns
-
-    def to_wall(self, steady_ns: int) -> int:
-        return steady_ns
-
-    def wall_step_ns(self) -> int:
-        return 0
-
-    def wait(self, until_ns: int, wake: threading.Event) -> None:
-        self.t_ns = max(self.t_ns, until_ns)
 
 
 def opened(path: Path, *, loop: bool = False) -> tuple[ReplaySource, ReplayDevice, SteppedClock]:

@@ -34,7 +34,7 @@ from jouletrace.engines.families import (
 from jouletrace.engines.sink import Sink
 from jouletrace.logs import Transitions
 from jouletrace.requests.inbox import Loss
-from jouletrace.requests.records import EngineRecord, LoadRecord, ModelLoad, Record, Unit, Usage
+from jouletrace.requests.records import UNKNOWN_MODEL, EngineRecord, LoadRecord, ModelLoad, Record, Unit, Usage
 
 INTERVAL_SECONDS: Final = 1.0
 TIMEOUT_SECONDS: Final = 0.2
@@ -50,7 +50,6 @@ MOST_PER_SECOND: Final = 1e7
 second, and read ten times as many."""
 MOST_SERIES: Final = 16_384
 """Counters of one engine that are remembered."""
-UNKNOWN_MODEL: Final = "unknown"
 
 _log = structlog.get_logger(__name__)
 

@@ -14,11 +14,9 @@ from jouletrace.diagnosis.waste import WasteCause
 from jouletrace.metrics import names
 from jouletrace.metrics.collector import Collector, Scrape, family
 from jouletrace.requests.account import LedgerSnapshot
+from jouletrace.requests.records import UNKNOWN_MODEL
 
 Kind = TypeVar("Kind", bound=StrEnum)
-
-UNKNOWN_MODEL = "unknown"
-"""Label of an engine that has not said what it serves."""
 
 
 class DeviceDiagnosisCollector:

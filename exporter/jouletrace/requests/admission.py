@@ -1,17 +1,14 @@
 """What the ledger would turn down for its time or its engine, found while the sender can still be told."""
 
 from collections.abc import Callable, Set
-from typing import Final
 
 from jouletrace.clock import Clock
 from jouletrace.energy.timeline import DEPTH_NS
 from jouletrace.requests.account import Taken
 from jouletrace.requests.decoding import Refusal
 from jouletrace.requests.inbox import ENGINE_IDS, Inbox
+from jouletrace.requests.intake import FUTURE_NS
 from jouletrace.requests.records import EngineRecord, Record, RequestRecord
-
-FUTURE_NS: Final = 5_000_000_000
-"""How far senders' clocks may be ahead of ours; what the ledger allows."""
 
 _KEPT = f"{DEPTH_NS // 60_000_000_000} minutes"
 

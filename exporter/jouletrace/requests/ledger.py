@@ -32,7 +32,16 @@ from jouletrace.requests.inflight import NO_ACCOUNT, NOBODY, Inference, InFlight
 from jouletrace.requests.intake import FUTURE_NS, Intake
 from jouletrace.requests.law import LawBook
 from jouletrace.requests.loads import ModelShare
-from jouletrace.requests.records import EngineRecord, LoadRecord, RequestRecord, Role, Status, StepRecord, joined_id
+from jouletrace.requests.records import (
+    UNKNOWN_MODEL,
+    EngineRecord,
+    LoadRecord,
+    RequestRecord,
+    Role,
+    Status,
+    StepRecord,
+    joined_id,
+)
 from jouletrace.requests.settled import FLOATS, Settled, answer, method_of
 from jouletrace.requests.sharing import DeviceShares, Owner, any_busy, share_device, slices
 from jouletrace.requests.split import NEVER
@@ -61,7 +70,6 @@ BUSY_PATIENCE_READINGS = 3
 COVERAGE_HALF_LIFE_S = 120.0
 PLACE_PATIENCE_NS = 60 * S
 """How long the requests of an engine without device wait for one: loading a model takes minutes, but nothing ends."""
-UNKNOWN_MODEL = "unknown"
 UNKNOWN_KIND = "other"
 """Of an engine record that names none."""
 

@@ -17,6 +17,8 @@ Label = Annotated[str, Meta(min_length=1, max_length=128)]
 """A value that may become a Prometheus label: model, tenant, kind."""
 Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
+UNKNOWN_MODEL = "unknown"
+"""Label of a model that nobody has named."""
 Many = 65_536
 """Most requests that one step may name (far above any engine's max_num_seqs)."""
 
