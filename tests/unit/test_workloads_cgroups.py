@@ -39,6 +39,12 @@ SLICE = POD.replace("-", "_")
         ),
         # kind: a node that is a container; the innermost counts.
         (f"0::/docker/{OTHER}/kubelet/kubepods/pod{POD}/{ID}", Membership(ID, POD)),
+        # What runs in a pod may make groups with any name: the outermost pod counts, and its container.
+        (
+            f"0::/kubepods/burstable/pod{POD}/{ID}/docker/{OTHER}/kubelet/kubepods/pod{'0' * 32}/{OTHER}",
+            Membership(ID, POD),
+        ),
+        (f"0::/kubepods/burstable/pod{POD}/pod{'0' * 32}/{ID}", Membership(ID, POD)),
         ("0::/system.slice/vllm.service", Membership(unit="vllm.service")),
         (r"0::/system.slice/system-vllm.slice/vllm\x2dserve@8b.service", Membership(unit="vllm-serve@8b.service")),
         (
@@ -46,6 +52,7 @@ SLICE = POD.replace("-", "_")
             Membership(unit="llama.service"),
         ),
         ("0::/system.slice/slurmstepd.scope/job_4711/step_0/user/task_0", Membership(slurm_job="4711")),
+        ("0::/system.slice/n7_slurmstepd.scope/job_4711/step_batch/user/task_0", Membership(slurm_job="4711")),
         ("0::/", Membership()),
         # cgroup v1: a line for each controller
         (

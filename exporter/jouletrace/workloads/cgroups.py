@@ -12,7 +12,9 @@ _CONTAINER: Final = re.compile(r"(?:^|[/:]|(?<!-conmon)-)([0-9a-f]{64})(?:\.scop
 """Docker, containerd, CRI-O and Podman name containers by 64 hexadecimal digits; `crio-conmon-` is one's monitor."""
 _POD: Final = re.compile(r"pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?=[./:]|$)")
 """The kubelet's name of a pod's group; systemd's slices have `_` for `-`. A static pod's uid is 32 digits."""
-_JOB: Final = re.compile(r"(?:/slurm[^/]*(?:/[^/]+)*?)/job_([0-9]{1,12})(?=/|$)")
+_JOB: Final = re.compile(r"(?:/[^/]*slurm[^/]*(?:/[^/]+)*?)/job_([0-9]{1,12})(?=/|$)")
+"""`slurm_NODE/uid_U/job_J/step_S` in cgroup v1, `slurmstepd.scope/job_J/step_S` in v2; `NODE_slurmstepd.scope` where a
+machine plays several nodes."""
 _UNIT: Final = re.compile(r"/([^/]+\.service)(?=/|$)")
 _ESCAPE: Final = re.compile(r"\\x([0-9a-f]{2})")
 """systemd.unit(5), string escaping."""
@@ -33,15 +35,18 @@ class Membership:
 def membership(text: str) -> Membership:
     """Return what the content of /proc/PID/cgroup says.
 
-    In a private cgroup namespace a path may begin with `/../..`; names are found anywhere in it. Of containers in
-    containers the innermost counts.
+    In a private cgroup namespace a path may begin with `/../..`; names are found anywhere in it. A pod is the
+    outermost one, and its container the first below: what runs inside may make groups of its own with any name. Of
+    containers in containers outside of pods the innermost counts.
     """
     found = {"container_id": "", "pod_uid": "", "unit": "", "slurm_job": ""}
     for line in text.splitlines():
         path = line.partition(":")[2].partition(":")[2]
+        pod = _POD.search(path)
+        container = None if pod is None else _CONTAINER.search(path, pod.end())
         names = {
-            "container_id": _last(_CONTAINER, path),
-            "pod_uid": _last(_POD, path).replace("_", "-"),
+            "container_id": _last(_CONTAINER, path) if pod is None else container[1] if container else "",
+            "pod_uid": pod[1].replace("_", "-") if pod else "",
             "unit": _ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), _last(_UNIT, path)),
             "slurm_job": _last(_JOB, path),
         }

@@ -1,12 +1,34 @@
 """Processes and their ancestors, from /proc."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 DEEPEST = 64
 """Longest line of ancestors that is followed; containers under containers are about ten deep."""
 LONGEST_COMMAND = 256 << 10
 """What is read of a process's arguments or environment; Linux allows 128 kB for one argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process, told from those that had its pid before by when it started."""
+
+    pid: int
+    start_ticks: int
+    """Since boot, in the kernel's clock ticks."""
+
+
+def process_of(pid: int, proc: Path = Path("/proc")) -> tuple[Process, str] | None:
+    """Return a process and its name, the first 15 bytes of its program's unless it has set another; None when gone."""
+    try:
+        stat = (proc / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    # proc_pid_stat(5): the name, field 2, stands in parentheses and may hold some; starttime is field 22.
+    head, _, rest = stat.rpartition(b")")
+    name = head.partition(b"(")[2].decode(errors="replace")
+    return Process(pid, int(rest.split()[19])), "".join(one if one.isprintable() else "?" for one in name)
 
 
 def lineage(pid: int, proc: Path = Path("/proc")) -> list[int]:
