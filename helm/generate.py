@@ -27,6 +27,10 @@ SET_BY_CHART = frozenset(
         "ingest.socket_access",
         "ingest.token_file",
         "engines.discover",
+        "workloads.processes",
+        "workloads.pods",
+        "workloads.pod_resources_socket",
+        "workloads.pod_logs_dir",
     }
 )
 """Keys of the configuration that follow from other values of the chart."""

@@ -39,6 +39,7 @@ from tests.deploy.chart import (
 
 WARNING = 2
 """Severity of Helm's linter; 1 is information, such as that there is no icon."""
+KUBELET = "/var/lib/kubelet/pod-resources"
 LARGEST_APPLIED_BYTES = 262144
 """Of an object that `kubectl apply` can note in its annotation (TotalAnnotationSizeLimitB of Kubernetes)."""
 
@@ -218,7 +219,7 @@ def test_no_pod_claims_a_gpu_and_every_gpu_is_seen(objects: list[Object]) -> Non
         ]
     )
     variables = {variable["name"]: variable["value"] for variable in container_of(objects)["env"]}
-    assert variables == {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "utility"}
+    assert {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "utility"}.items() <= variables.items()
     assert pod_of(objects)["automountServiceAccountToken"] is False
 
 
@@ -230,11 +231,14 @@ def test_the_node_is_opened_only_for_what_needs_it() -> None:
         "tls": [],
         "rules": [],
         "bare": ["privileges", "capabilities"],
+        "gke": ["volume nvidia", "privileges", "capabilities"],
         "records": ["volume sockets", "user 0", "capabilities"],
+        "pods": ["hostPID", "volume pod-logs"],
         "attribution": [
             "hostPID",
             "volume state",
             "volume kubelet",
+            "volume pod-logs",
             "user 0",
             "capabilities",
             "user 0",
@@ -244,26 +248,53 @@ def test_the_node_is_opened_only_for_what_needs_it() -> None:
     assert [restricted_problems(only(rendering(name), "Pod")["spec"]) for name in CASES] == [[]] * len(CASES)
 
 
-def test_pods_are_named_without_the_right_to_look_into_processes() -> None:
-    found = render({"attribution": {"pods": True}})
-    pod, container = pod_of(found), container_of(found)
-    assert pod["hostPID"] is True
-    assert pod["securityContext"]["runAsUser"] == 0
+@pytest.mark.parametrize(
+    ("attribution", "user", "folders"),
+    [
+        ({}, 65532, set()),
+        ({"pods": True}, 65532, {"/var/log/pods"}),
+        ({"pods": True, "podLogsDirectory": ""}, 65532, set()),
+        ({"pods": True, "kubeletSocketDirectory": KUBELET}, 0, {KUBELET, "/var/log/pods"}),
+        ({"pods": True, "kubeletSocketDirectory": KUBELET, "podLogsDirectory": ""}, 0, {KUBELET}),
+        ({"kubeletSocketDirectory": KUBELET}, 65532, set()),
+    ],
+)
+def test_pods_are_named_with_no_more_rights_than_each_source_takes(
+    attribution: dict[str, Any], user: int, folders: set[str], tmp_path: Path
+) -> None:
+    objects = render({"attribution": attribution})
+    pod, container = pod_of(objects), container_of(objects)
+    assert pod.get("hostPID", False) is attribution.get("pods", False)
+    assert (pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsNonRoot"]) == (user, user != 0)
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    (kubelet,) = [mount for mount in container["volumeMounts"] if mount["name"] == "kubelet"]
-    assert kubelet["readOnly"] is True
-    without_kubelet = render({"attribution": {"pods": True, "kubeletSocketDirectory": ""}})
-    assert "kubelet" not in json.dumps(pod_of(without_kubelet)["volumes"])
-    assert pod_of(render({}))["securityContext"]["runAsUser"] == 65532
+    of_node = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
+    mounts = [mount for mount in container["volumeMounts"] if mount["name"] in of_node]
+    assert {of_node[mount["name"]] for mount in mounts} == set(of_node.values()) == folders
+    assert all(mount["readOnly"] for mount in mounts)
+    workloads = daemon_config(objects, tmp_path).workloads
+    assert workloads.pods is workloads.processes is attribution.get("pods", False)
+    if workloads.pods:
+        read = {str(Path(workloads.pod_resources_socket).parent), workloads.pod_logs_dir} - {"", "."}
+        assert read == {mount["mountPath"] for mount in mounts}
+
+
+def test_a_kubelet_elsewhere_is_mounted_where_the_daemon_looks() -> None:
+    objects = render({"attribution": {"pods": True, "kubeletSocketDirectory": "/var/lib/k0s/kubelet/pod-resources"}})
+    (volume,) = [volume for volume in pod_of(objects)["volumes"] if volume["name"] == "kubelet"]
+    (mount,) = [mount for mount in container_of(objects)["volumeMounts"] if mount["name"] == "kubelet"]
+    assert volume["hostPath"]["path"] == "/var/lib/k0s/kubelet/pod-resources"
+    assert mount["mountPath"] == KUBELET
 
 
 def test_the_daemon_takes_the_configuration(objects: list[Object], case: str, tmp_path: Path) -> None:
     config = daemon_config(objects, tmp_path)
     assert config.web.listen_address == (":9841",)
     assert config.engines.discover is (case == "attribution")
+    assert config.workloads.pods is (case in {"attribution", "pods"})
     if case == "records":
         assert config.ledger.settled_requests == 1_000_000
         assert config.ingest.queue_records == 500_000
+        assert config.ingest.listen_address == (":9842",)
         assert config.ingest.token_file == "/etc/jouletrace/token/token"  # noqa: S105  (a path)
         assert config.ingest.stream_socket == "/run/jouletrace/ingest.sock"
         assert config.diagnosis.parked_after == 1800
@@ -305,6 +336,17 @@ def test_whoever_names_a_port_names_one_of_the_pod(objects: list[Object]) -> Non
     assert named == ports
 
 
+def test_every_listener_of_the_configuration_has_its_port() -> None:
+    listeners = {"metrics_listen_address": ["[::]:9843"]}
+    objects = render({"config": {"web": listeners}, "monitor": {"kind": "PodMonitor"}})
+    ports = {port["name"]: port["containerPort"] for port in container_of(objects)["ports"]}
+    assert ports == {"metrics": 9841, "metrics-only": 9843}
+    (endpoint,) = only(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics-only"
+    on_a_socket = render({"config": {"ingest": {"listen_address": ["unix:/var/lib/jouletrace/http.sock"]}}})
+    assert [port["name"] for port in container_of(on_a_socket)["ports"]] == ["metrics"]
+
+
 def test_selectors_find_the_daemon_and_not_the_test(objects: list[Object]) -> None:
     daemon = only(objects, "DaemonSet")["spec"]["template"]["metadata"]["labels"].items()
     test = only(objects, "Pod")["metadata"]["labels"].items()
@@ -326,7 +368,9 @@ def test_selectors_find_the_daemon_and_not_the_test(objects: list[Object]) -> No
 def test_targets_are_called_as_rules_and_alertmanager_expect() -> None:
     (endpoint,) = only(rendering("tls"), "ServiceMonitor")["spec"]["endpoints"]
     labels = {
-        each["targetLabel"]: each.get("replacement", each.get("sourceLabels")) for each in endpoint["relabelings"]
+        each["targetLabel"]: each.get("replacement", each.get("sourceLabels"))
+        for each in endpoint["relabelings"]
+        if "targetLabel" in each
     }
     node = ["__meta_kubernetes_pod_node_name"]
     assert labels == {"job": "jouletrace", "instance": node, "node": node, "cluster": "production"}
@@ -356,6 +400,11 @@ def test_pods_follow_their_configuration() -> None:
         ({"config": {"log": {"levle": "debug"}}}, "levle"),
         ({"config": {"log": {"level": "loud"}}}, "level"),
         ({"config": {"engines": {"discover": True}}}, "discover"),
+        ({"config": {"workloads": {"pods": True}}}, "workloads"),
+        ({"attribution": {"podLogsDirectory": "log/pods"}}, "podLogsDirectory"),
+        ({"seLinuxOptions": {"kind": "spc_t"}}, "kind"),
+        # Two daemons on a node would keep one account, and give Prometheus every series twice.
+        ({"updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, "maxSurge"),
         ({"config": {"web": {"config": {"file": "/x"}}}}, "config"),
         ({"resources": {"limits": {"nvidia.com/gpu": 1}}}, "nvidia.com/gpu"),
         ({"rules": {"overrides": {"JouletraceGpuLots": {"enabled": False}}}}, "JouletraceGpuLots"),
@@ -394,7 +443,8 @@ def test_the_schema_leaves_nothing_open() -> None:
                 missing |= keys(values[key], below, f"{path}{key}.")
         return missing
 
-    assert keys(defaults, schema) == {"global"}, "which Helm itself adds"
+    theirs = {"affinity.podAffinity", "affinity.podAntiAffinity"}
+    assert keys(defaults, schema) - theirs == {"global"}, "which Helm itself adds"
 
 
 def test_the_readme_tells_of_every_value() -> None:

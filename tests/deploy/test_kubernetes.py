@@ -1,10 +1,12 @@
 """The plain manifests: as kustomize builds them, and the same pods as the chart's."""
 
 import json
+import os
 import re
-import shutil
 import subprocess
 from functools import cache
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +17,11 @@ from tests.deploy.chart import (
     KUBERNETES,
     OPERATOR,
     ROOT,
+    kubectl,
     kubernetes_problem,
     only,
     operator_verdict,
+    render,
     rendering,
     restricted_problems,
 )
@@ -28,13 +32,21 @@ MANIFESTS = ROOT / "deploy" / "kubernetes"
 @cache
 def built(folder: str) -> list[dict[str, Any]]:
     """Return what `kubectl kustomize` makes of a folder."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kustomize needs kubectl")
     done = subprocess.run(
-        ["kubectl", "kustomize", MANIFESTS / folder], capture_output=True, text=True, timeout=30, check=False
+        [kubectl(), "kustomize", MANIFESTS / folder], capture_output=True, text=True, timeout=30, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     return list(yaml.safe_load_all(done.stdout))
+
+
+def with_pods(folder: Path) -> list[dict[str, Any]]:
+    """Return what kustomize makes of the operator's kustomization with the component `pods`."""
+    paths = {
+        name: [os.path.relpath(MANIFESTS / below, folder)]
+        for name, below in (("resources", "operator"), ("components", "pods"))
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"kind": "Kustomization", **paths}))
+    return built(str(folder))
 
 
 def written(folder: str) -> list[dict[str, Any]]:
@@ -84,17 +96,38 @@ def test_the_monitor_fits_its_definition_and_is_the_charts() -> None:
     assert endpoint == {key: value for key, value in charts.items() if key not in {"interval", "scrapeTimeout"}}
 
 
+def plain(pod: dict[str, Any]) -> dict[str, Any]:
+    """Return a pod's spec without what names differ by, its volumes in the order of their names."""
+    text = json.dumps(pod).replace("jt-jouletrace", "jouletrace")
+    text = re.sub(r'"jouletrace-[0-9a-z]{10}"', '"jouletrace"', text)
+    found = json.loads(re.sub(r'"ghcr.io/jouletrace/jouletrace(:[^"]*)?"', '"image"', text))
+    found["volumes"].sort(key=itemgetter("name"))
+    found["containers"][0]["volumeMounts"].sort(key=itemgetter("name"))
+    return found
+
+
 def test_pods_are_those_of_the_chart() -> None:
     ours = only(written("base"), "DaemonSet")["spec"]["template"]["spec"]
     charts = only(rendering("default"), "DaemonSet")["spec"]["template"]["spec"]
 
-    def plain(pod: dict[str, Any]) -> dict[str, Any]:
-        text = json.dumps(pod).replace("jt-jouletrace", "jouletrace")
-        return json.loads(re.sub(r'"ghcr.io/jouletrace/jouletrace(:[^"]*)?"', '"image"', text))
-
     assert plain(ours) == plain(charts)
     assert restricted_problems(ours) == []
     assert only(written("base"), "NetworkPolicy")["spec"]["egress"] == []
+
+
+def test_pods_with_energy_by_pod_are_those_of_the_chart(tmp_path: Path) -> None:
+    objects = with_pods(tmp_path)
+    assert [
+        kubernetes_problem(o, version) for version in KUBERNETES for o in objects if o["apiVersion"] != OPERATOR
+    ] == [""] * 12
+    ours = only(objects, "DaemonSet")["spec"]["template"]["spec"]
+    charts = only(render({"attribution": {"pods": True}}), "DaemonSet")["spec"]["template"]["spec"]
+    assert plain(ours) == plain(charts)
+    assert only(objects, "Namespace")["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "privileged"}
+    file = tmp_path / "jouletrace.yml"
+    file.write_text(only(objects, "ConfigMap")["data"]["jouletrace.yml"])
+    workloads = load(file, {}, None).workloads
+    assert (workloads.processes, workloads.pods, workloads.pod_resources_socket) == (True, True, "")
 
 
 def test_the_service_is_that_of_the_chart() -> None:

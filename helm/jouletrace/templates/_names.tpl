@@ -63,9 +63,34 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
-{{- /* The kubelet's socket and other users' processes are open to user 0 only. */ -}}
+{{- /* Folders of the node by which pods are named; empty for none. */ -}}
+{{- define "jouletrace.kubeletFolder" -}}
+{{- if .Values.attribution.pods }}{{ .Values.attribution.kubeletSocketDirectory }}{{ end }}
+{{- end }}
+
+{{- define "jouletrace.podLogsFolder" -}}
+{{- if .Values.attribution.pods }}{{ .Values.attribution.podLogsDirectory }}{{ end }}
+{{- end }}
+
+{{- /* The kubelet's socket and other users' open files are for user 0 only; names of folders in the pod logs are for all. */ -}}
 {{- define "jouletrace.user" -}}
-{{- if or .Values.attribution.pods .Values.attribution.discoverEngines }}0{{ else }}65532{{ end }}
+{{- if or (include "jouletrace.kubeletFolder" .) .Values.attribution.discoverEngines }}0{{ else }}65532{{ end }}
+{{- end }}
+
+{{- define "jouletrace.group" -}}
+{{- if .Values.ingest.sockets.enabled }}{{ .Values.ingest.sockets.group | int }}{{ else }}65532{{ end }}
+{{- end }}
+
+{{- /* The daemon's ports by name, as YAML; a listener on a Unix socket has none. */ -}}
+{{- define "jouletrace.ports" -}}
+metrics: 9841
+{{- $config := .Values.config }}
+{{- $listeners := dict "metrics-only" (dig "web" "metrics_listen_address" list $config) "records" (dig "ingest" "listen_address" list $config) "otlp" (dig "otlp" "listen_address" list $config) "otlp-grpc" (dig "otlp" "grpc_listen_address" list $config) }}
+{{- range $name, $addresses := $listeners }}
+{{- with $addresses | first | default "" | regexFind ":[0-9]+$" }}
+{{ $name }}: {{ trimPrefix ":" . }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- /* The daemon's configuration: the operator's keys and those that follow from other values. */ -}}
@@ -82,6 +107,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $_ := set $web "config" (dict "file" "/etc/jouletrace/web/web-config.yml") }}
 {{- end }}
 {{- $own := dict "state_dir" "/var/lib/jouletrace" "web" $web "ingest" $ingest "engines" (dict "discover" .Values.attribution.discoverEngines) }}
+{{- if .Values.attribution.pods }}
+{{- $socket := ternary "" "/var/lib/kubelet/pod-resources/kubelet.sock" (empty .Values.attribution.kubeletSocketDirectory) }}
+{{- $logs := ternary "" "/var/log/pods" (empty .Values.attribution.podLogsDirectory) }}
+{{- $_ := set $own "workloads" (dict "processes" true "pods" true "pod_resources_socket" $socket "pod_logs_dir" $logs) }}
+{{- end }}
 {{- mustMergeOverwrite (deepCopy .Values.config) $own | toYaml }}
 {{- end }}
 
