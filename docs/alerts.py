@@ -18,7 +18,12 @@ ALERTS = {
     "cost": "Cost of a token",
 }
 """Headings by file, in the order of the page."""
-RECORDING = {"power": "Power and use", "waste": "Idle and wasted energy", "requests": "Requests and tokens"}
+RECORDING = {
+    "power": "Power and use",
+    "waste": "Idle and wasted energy",
+    "requests": "Requests and tokens",
+    "exporter": "The exporters",
+}
 
 _PREAMBLE = """\
 # Alerts and recording rules
@@ -31,8 +36,8 @@ checks and tests all of it.
 
 ## Set up
 
-- **The scrape job is called `jouletrace`.** The first four rules of `alerts/exporter.yml` look for it; change it there
-  when yours has another name.
+- **The scrape job is called `jouletrace`.** The first four rules of `alerts/exporter.yml` and one of
+  `recording/exporter.yml` look for it; change it there when yours has another name.
 - **The cluster** is the label `cluster` of the target (`labels:` of the scrape job, or a relabelling), as in
   `prometheus.yml`. An external label does not do: rules do not see it. Without the label everything is one cluster.
 - **The waste budget**, the part of all GPU energy that may be wasted, is one line in `recording/waste.yml`:
@@ -53,12 +58,13 @@ _RECORDED = """\
 ## Recording rules
 
 `jouletrace:LEVEL:METRIC:OPERATION`. The level names the labels that are left: `cluster_model` is `cluster` and `model`;
-`instance` has `job`, and `gpu` has `job`, `instance` and `uuid` besides. Dashboards of many nodes should ask for these:
-of 10,000 GPUs a cluster has one series of each `cluster` rule, and long ranges are means of those.
+`instance` has `job`, and `gpu` has `job`, `instance` and `uuid` besides. The boards Fleet, Requests and Waste and
+parts of Diagnosis read these: of 10,000 GPUs a cluster has one series of each `cluster` rule, and long ranges are means
+of those.
 The six-hour and budget ratios weigh by energy, not by time.
 
-10,000 GPUs on 1,250 nodes with 20 models and 50 tenants of each make 40,000 recorded series by GPU, 10,000 by node,
-6,000 by model and tenant and under 600 for all the rest.
+10,000 GPUs on 1,250 nodes with 20 models and 50 tenants of each make 40,000 recorded series by GPU, 50,000 by
+node, engine and model, 32,500 by node, 6,000 by model and tenant and under 1,300 for all the rest.
 
 """
 

@@ -14,6 +14,7 @@ def main(arguments: list[str]) -> int:
     """Return Schemathesis's exit code, or 1 when the daemon's log has a traceback; `arguments` are passed on."""
     with tempfile.TemporaryDirectory() as folder, DaemonProcess(Path(folder), "--demo") as daemon:
         daemon.until("readiness", daemon.ready)
+        # The live stream never ends, so no call of it would; tests/unit/test_web_live_stream.py has its answers.
         command = [
             "schemathesis", "run", f"{daemon.url}/v1/openapi.json", "--checks", CHECKS, "--exclude-path", "/v1/live",
             "--phases", "coverage,fuzzing", "--request-timeout", "10", *arguments,

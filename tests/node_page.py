@@ -7,6 +7,7 @@ from prometheus_client.core import Metric
 from jouletrace.diagnosis.node import DiagnosisSnapshot
 from jouletrace.diagnosis.waste import WasteCause
 from jouletrace.engines.otlp.tee import Drop, TeeCounts
+from jouletrace.metrics import names
 from jouletrace.metrics.exporter import Exporter, node_collectors
 from jouletrace.requests.account import Buckets, EngineState, LedgerSnapshot, Phase
 from jouletrace.requests.histogram import BOUNDS
@@ -28,7 +29,13 @@ def full_page(gpus: int, models: int, tenants: int) -> list[Metric]:
     tee = TeeCounts(forwarded=10, dropped=dict.fromkeys(Drop, 1), held_bytes=100)
     exporter = Exporter(
         lambda: node_snapshot(*devices),
-        node_collectors(lambda: account, lambda: events, lambda: found, lambda: tee),
+        node_collectors(
+            lambda: account,
+            lambda: events,
+            lambda: found,
+            lambda: tee,
+            reloads=lambda: dict.fromkeys(names.FILE_RELOAD_SUCCESS.values, True),
+        ),
         now_ns=lambda: NOW_NS,
         heartbeat_age_seconds=lambda: 0.1,
         stale_after_seconds=5.0,

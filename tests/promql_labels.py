@@ -86,7 +86,8 @@ def _called(call: Any, known: Mapping[str, frozenset[str]]) -> frozenset[str] | 
         return frozenset() if call.func.name == "vector" else None
     if call.func.name == "absent":
         return frozenset(matcher.name for matcher in call.args[0].matchers.matchers)
-    return next(labels for labels in arguments if labels is not None)
+    found = next(labels for labels in arguments if labels is not None)
+    return found | {call.args[1].val} if call.func.name == "label_replace" else found
 
 
 def _aggregated(node: Any, known: Mapping[str, frozenset[str]]) -> frozenset[str]:

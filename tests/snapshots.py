@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from jouletrace.diagnosis.causes import Cause, EngineDiagnosis
 from jouletrace.diagnosis.drivers import Driver
-from jouletrace.diagnosis.node import DeviceFinding, DiagnosisSnapshot, EngineFinding
+from jouletrace.diagnosis.node import DeviceFinding, DiagnosisSnapshot, DriverSpan, EngineFinding
 from jouletrace.diagnosis.reference import Measurement
 from jouletrace.diagnosis.step_energy import Known, StepLaw
 from jouletrace.diagnosis.verdicts import Flag, Judgement, Verdict
@@ -14,6 +14,8 @@ from jouletrace.requests.account import Buckets, EngineState, LedgerSnapshot, Ph
 from jouletrace.requests.inbox import Events
 from jouletrace.requests.records import Status, Unit
 from jouletrace.snapshot import DeviceSnapshot, DeviceStatus, NodeSnapshot, SamplerSnapshot
+from jouletrace.workloads.cgroups import Membership
+from jouletrace.workloads.service import DeviceWorkloads, Workload, WorkloadSnapshot
 
 NOW_NS = 1_795_373_000_000_000_000
 SECOND_NS = 1_000_000_000
@@ -152,6 +154,12 @@ def diagnosis_snapshot() -> DiagnosisSnapshot:
         driver_watts=dict.fromkeys(Driver, 71.875),
         driver_confidence=1.0,
         driver_joules={driver: 1000.5 * (place + 1) for place, driver in enumerate(Driver)},
+        recent=tuple(
+            DriverSpan(
+                NOW_NS - (ago + 1) * SECOND_NS, NOW_NS - ago * SECOND_NS, dict.fromkeys(Driver, 71.875 - ago / 8)
+            )
+            for ago in range(80, 0, -1)
+        ),
         booked_ns=NOW_NS - SECOND_NS,
         verdict_seconds={verdict: 10.25 * (place + 1) for place, verdict in enumerate(Verdict)},
         verdict_joules={verdict: 4000.5 * (place + 1) for place, verdict in enumerate(Verdict)},
@@ -204,6 +212,24 @@ def events() -> Events:
     return Events(
         {"http": 1000, "datagram": 50},
         {("http", "invalid"): 3, ("http", "duplicate"): 2, ("datagram", "queue_full"): 5},
+    )
+
+
+def workload_snapshot() -> WorkloadSnapshot:
+    """Return who is on the full device: a pod, one without a name, a SLURM job; a lost device had the pod as well."""
+    uid, unnamed = "6513270e-269e-4d37-b2a7-4de452e6b438", "736506ec-ae7c-4f09-bddf-cbc9f3308ce5"
+    row = ("team-a", "llm-0", "vllm")
+    on = (
+        Workload("VLLM::EngineCor", *row, Membership("123b1612dd27" + "0" * 52, uid)),
+        Workload("python3", container="main", home=Membership("c94dbca3a0aa" + "0" * 52, unnamed)),
+        Workload("torchrun", home=Membership(slurm_job="48213")),
+    )
+    full, lost = full_device(0).info.uuid, lost_device(1).info.uuid
+    return WorkloadSnapshot(
+        devices={full: DeviceWorkloads(4, on), lost: DeviceWorkloads(1, on[:1])},
+        pod_joules={full: {("", "", ""): 23_456.5, row: 100_000.25}, lost: {row: 5000.5}},
+        kubelet_answer_ns=NOW_NS - 12 * SECOND_NS,
+        kubelet_errors={"UNAVAILABLE": 3, "DEADLINE_EXCEEDED": 1},
     )
 
 

@@ -6,25 +6,28 @@ Wires the ledger to what feeds it (HTTP API, Unix sockets), to the devices' time
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import numpy as np
 import structlog
 from aiohttp import web
 
 from jouletrace.clock import Clock
-from jouletrace.config import Config, ConfigError
+from jouletrace.config import Config, ConfigError, read_token
 from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
 from jouletrace.diagnosis.service import DiagnosisService
 from jouletrace.energy.baseline import QUIET_ACTIVITY
 from jouletrace.engines.discovery import Discovery
+from jouletrace.engines.doors import doors_of
 from jouletrace.engines.feeds import Feed, feeds_of
 from jouletrace.engines.otlp.receiver import OtlpReceiver
 from jouletrace.engines.otlp.tee import TeeCounts
 from jouletrace.engines.scraping import EngineScraper, target_of
 from jouletrace.engines.sink import InboxSink
-from jouletrace.engines.sockets import MODES, DatagramServer, StreamServer
+from jouletrace.engines.sockets import DatagramServer, StreamServer
+from jouletrace.followed import FollowedFiles, Note
 from jouletrace.gpu.readings import ProcessReading
 from jouletrace.gpu.sampler import LiveDevice
 from jouletrace.notify import PassedSockets
@@ -38,9 +41,11 @@ from jouletrace.requests.records import EngineRecord
 from jouletrace.requests.roofline import PEAKS, ModelDescription, peak_of, prior
 from jouletrace.requests.service import LedgerService
 from jouletrace.requests.state import LedgerState
+from jouletrace.unix_sockets import MODES
+from jouletrace.web.access import Access
 from jouletrace.web.api import Api
 from jouletrace.web.entrance import Entrance
-from jouletrace.workloads.cgroups import membership_of
+from jouletrace.workloads.cgroups import Membership, membership_of
 from jouletrace.workloads.processes import lineage
 
 SHORT_CONTAINER_ID = 12
@@ -99,16 +104,33 @@ def read_laws(file: str) -> KnownModels:
         raise ConfigError(f"ledger.laws_file: {file}: {problem}; `jouletrace calibrate` prints a law") from None
 
 
+def _followed_token(file: str, on_change: Callable[[str], None]) -> FollowedFiles[str] | None:
+    key = "ingest.token_file"
+
+    def read(note: Note) -> str:
+        note(Path(file))
+        return read_token(key, Path(file))
+
+    return FollowedFiles(key, read, on_change=on_change) if file else None
+
+
 class Accounting:
     """The services around the ledger: intake, API, journal and diagnosis.
 
-    `live` says what the devices are now; called from a worker thread.
+    `live` says what the devices are now, `namespaces` those of the pods on them by pod uid and container id; both are
+    called from a worker thread.
     """
 
-    def __init__(self, config: Config, clock: Clock, live: Callable[[], Sequence[LiveDevice]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        live: Callable[[], Sequence[LiveDevice]],
+        namespaces: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self._config = config
         self._live = live
-        self.token = config.ingest.token()
+        self._token = _followed_token(config.ingest.token_file, self._use_token)
         self._inbox = Inbox(int(config.ingest.queue_records), int(config.ingest.queue_mebibytes) << 20)
         limits = Limits(
             in_flight=int(config.ledger.in_flight_requests),
@@ -125,6 +147,7 @@ class Accounting:
             _log.warning("the account cannot be saved, a restart will begin anew", problem=str(failure))
             self._journal = None
         self._ledger = PlacedLedger.begin(state, limits, laws, clock.now_ns(), self._placed, _is_alive)
+        self._ledger.payer = partial(payer, namespaces)
         self._service: LedgerService[Mapping[str, DeviceView], LedgerState] = LedgerService(
             self._ledger,
             self._inbox,
@@ -152,9 +175,11 @@ class Accounting:
         )
         check = self._api.admission.check
         self._stream, self._datagram = StreamServer(self._inbox, check), DatagramServer(self._inbox, check)
+        self._doors = doors_of(config.engines.targets)
         self._scraper = EngineScraper(
             InboxSink(self._inbox, Origin.SCRAPE),
             [target_of(target) for target in config.engines.targets],
+            doors=self._doors,
             discover=Discovery(self._holders).targets if config.engines.discover else None,
             known=lambda: self._ledger.engines,
         )
@@ -188,6 +213,15 @@ class Accounting:
         """Return the final answers about the requests that ended last, the newest first."""
         return await self._service.recent(limit)
 
+    @property
+    def token(self) -> str | None:
+        """The token that clients must send now, None for none."""
+        return None if self._token is None else self._token.value
+
+    def followed(self) -> list[FollowedFiles[Any]]:
+        """Return the files that are re-read when they change."""
+        return [*([] if self._token is None else [self._token]), *self._doors.values()]
+
     def tee(self) -> TeeCounts | None:
         """Return the counts of spans that were passed on, None when none are to be."""
         return self._otlp.tee()
@@ -196,10 +230,11 @@ class Accounting:
         """Return the routes of the HTTP API and of OTLP."""
         return [*self._api.routes(), *self._otlp.routes()]
 
-    async def start(self, on_end: Callable[[BaseException], None], passed: PassedSockets) -> None:
-        """Open the sockets and begin to settle; raises SocketError and ListenError.
+    async def start(self, on_end: Callable[[BaseException], None], passed: PassedSockets, access: Access) -> None:
+        """Open the sockets and begin to settle; raises SocketError, ListenError and ConfigError.
 
         `on_end` hears of a service that died. A socket that systemd has opened stands in for the configured one.
+        `access` says what TLS the listeners of spans speak.
         """
         ingest = self._config.ingest
         mode = MODES[ingest.socket_access]
@@ -212,7 +247,7 @@ class Accounting:
         elif ingest.datagram_path is not None:
             await self._datagram.start(ingest.datagram_path, mode)
 
-        await self._otlp.start()
+        await self._otlp.start(access)
 
         def ended(task: asyncio.Task[None]) -> None:
             failure = None if task.cancelled() else task.exception()
@@ -224,6 +259,9 @@ class Accounting:
             task = asyncio.create_task(service.run())
             task.add_done_callback(ended)
             self._serving.append(task)
+
+    def _use_token(self, token: str) -> None:
+        self._api.entrance.use_token(token)
 
     def use_models(self, known: KnownModels) -> None:
         """Take other laws and descriptions of models, from the next settling on; may be called from any thread."""
@@ -261,9 +299,8 @@ class Accounting:
 
     def _view(self, device: LiveDevice) -> DeviceView:
         busy = None
-        if device.activities:
-            end_ns, ratios = zip(*device.activities, strict=True)
-            busy = BusyTrack(np.array(end_ns, np.int64), np.array(ratios) > QUIET_ACTIVITY)
+        if len(device.busy_ends_ns):
+            busy = BusyTrack(device.busy_ends_ns, device.busy_ratios > QUIET_ACTIVITY)
         return DeviceView(
             device.timeline,
             held=device.held,
@@ -297,6 +334,16 @@ def belongs(pid: int, record: EngineRecord, proc: Path = Path("/proc")) -> bool:
     return home.pod_uid == record.pod_uid
 
 
+def payer(namespaces: Callable[[], Mapping[str, str]], record: EngineRecord) -> str:
+    """Return who pays for an engine's requests that name nobody: its pod's namespace; empty while that is not known."""
+    known = namespaces()
+    if not known:
+        return ""
+    home = Membership() if record.pid is None else membership_of(record.pid)
+    keys = (record.pod_uid, home.pod_uid, record.container_id)
+    return next((known[key] for key in keys if key and key in known), "")
+
+
 def _is_alive(record: EngineRecord) -> bool:
     """Return whether the engine's process is there."""
     return record.pid is not None and bool(lineage(record.pid))
@@ -311,6 +358,8 @@ class PlacedLedger(Ledger):
 
     _place: Callable[[EngineRecord], EngineRecord]
     _is_alive: Callable[[EngineRecord], bool]
+    payer: Callable[[EngineRecord], str] | None = None
+    """Says who pays for an engine's requests that name nobody; empty where it does not know."""
     next_laws: LawBook | None = None
     """What the next settling takes over; settling happens in a thread, which must not find two laws in one pass."""
 
@@ -349,4 +398,7 @@ class PlacedLedger(Ledger):
         for record in self.engines:
             if not record.gpu_uuids:
                 self.place(self._place(record))
+            tenant = self.payer(record) if self.payer else ""
+            if tenant:
+                self.name_payer(record.engine_id, tenant)
         super().settle(devices, now_ns, close_ns=close_ns)

@@ -35,16 +35,15 @@ from jouletrace.daemon import (
     intervals,
     make_source,
 )
+from jouletrace.engines.doors import doors_of
 from jouletrace.engines.proxy import options as proxy_options
-from jouletrace.engines.sockets import SocketError
 from jouletrace.gpu.readings import Device, GpuError, NoDriverError, Source
 from jouletrace.gpu.sampler import DriverLostError, Sampler
 from jouletrace.trace.recording import RecordingError
+from jouletrace.unix_sockets import SocketError
 from jouletrace.web import access
 from jouletrace.web.serve import ListenError
 
-DEFAULT_URL = "http://127.0.0.1:9841"
-"""Where `top` looks for a daemon: its default listener."""
 _GPU_PROBLEMS = (NoDriverError, GpuError, DriverLostError, DeviceChoiceError)
 
 
@@ -116,10 +115,20 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.set_defaults(command=_calibrate)
 
     top = commands.add_parser("top", help="watch a running daemon in the terminal", allow_abbrev=False)
-    top.add_argument("url", nargs="?", default=DEFAULT_URL, metavar="URL", help=f"its URL (default: {DEFAULT_URL})")
+    top.add_argument(
+        "target",
+        nargs="?",
+        metavar="URL",
+        help="where it is, or unix:/PATH (default: unix:/run/jouletrace/web.sock, else http://127.0.0.1:9841)",
+    )
     top.add_argument("--once", action="store_true", help="print one screen, or with --json one object, and exit")
     top.add_argument("--json", action="store_true", help="print a JSON object per line and second")
     top.add_argument("--token-file", type=Path, metavar="FILE", help="the file of ingest.token_file, to see requests")
+    top.add_argument("--user", metavar="NAME", help="a user of the web configuration")
+    top.add_argument("--password-file", type=Path, metavar="FILE", help="the file with the user's password")
+    top.add_argument("--ca-file", type=Path, metavar="FILE", help="the certificate authority to trust, for https")
+    top.add_argument("--cert-file", type=Path, metavar="FILE", help="the client certificate to show, for https")
+    top.add_argument("--key-file", type=Path, metavar="FILE", help="its key, if that is a file of its own")
     top.set_defaults(command=_top)
 
     proxy = commands.add_parser(
@@ -172,6 +181,7 @@ def _check_config(options: argparse.Namespace) -> int:
     config = _load(options)
     # The files that it names are part of it.
     config.ingest.token()
+    doors_of(config.engines.targets)
     read_laws(config.ledger.laws_file)
     access.check(config.web.config.file)
     sys.stdout.write(configuration.to_yaml(config) if options.print_config else "the configuration is fine\n")
@@ -257,8 +267,16 @@ def _top(options: argparse.Namespace) -> int:
     from jouletrace import top  # noqa: PLC0415  (Rich is loaded for this command alone)
 
     try:
-        token = top.read_token(options.token_file)
-        return top.run(options.url, token=token, once=options.once, as_json=options.json)
+        target = top.find_target(
+            options.target,
+            token_file=options.token_file,
+            user=options.user,
+            password_file=options.password_file,
+            ca_file=options.ca_file,
+            cert_file=options.cert_file,
+            key_file=options.key_file,
+        )
+        return top.run(target, once=options.once, as_json=options.json)
     except top.StreamError as failure:
         return _fail(failure, 1)
 

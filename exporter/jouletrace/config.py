@@ -106,6 +106,31 @@ def split_address(address: str) -> tuple[str | None, int]:
     return host, int(port)
 
 
+def unix_path(address: str) -> Path | None:
+    """Return the path of a listen address such as `unix:/run/jouletrace/web.sock`, None for any other address."""
+    return Path(address.removeprefix("unix:")) if address.startswith("unix:/") else None
+
+
+def read_token(key: str, file: Path) -> str:
+    """Return the word in a file that `key` names; raises ConfigError when there is none."""
+    try:
+        with file.open(encoding="utf-8") as opened:
+            token = opened.read(TOKEN_CHARACTERS + 1).strip()
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: {file} cannot be read ({error.strerror}); "
+            "make it a file that the daemon's user may read, or remove the key"
+        ) from None
+    except UnicodeDecodeError:
+        token = ""
+    if not token or len(token) > TOKEN_CHARACTERS or not re.fullmatch("[!-~]+", token):
+        raise ConfigError(
+            f"{key}: {file} does not hold a token; write one word of up to "
+            f"{TOKEN_CHARACTERS} ASCII characters into it, for example with `openssl rand -hex 32`"
+        )
+    return token
+
+
 def default_state_dir(environment: Mapping[str, str], user_id: int) -> str:
     """Return where learnt levels are kept when nothing is configured.
 
@@ -285,6 +310,20 @@ class _Address(Form):
         return "host:port, [IPv6]:port or :port"
 
 
+class _WebAddress(_Address):
+    """An address, or a Unix socket."""
+
+    metavar = "HOST:PORT|unix:PATH"
+
+    def read(self, raw: object) -> object:
+        if isinstance(raw, str) and raw.isprintable() and unix_path(raw) is not None:
+            return raw
+        return super().read(raw)
+
+    def allowed(self, meta: Meta) -> str:
+        return "host:port, [IPv6]:port, :port or unix:/path"
+
+
 class _Device(Form):
     metavar = "GPU"
 
@@ -334,6 +373,22 @@ class _List(Form):
         return f"a list of {self.item.allowed(meta)}"
 
 
+class EngineAuthorization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """`authorization` of an engine, as in Prometheus' scrape configuration."""
+
+    credentials_file: Annotated[str, Meta(pattern=r"^/", max_length=4096)]
+    type: Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$", max_length=64)] = "Bearer"
+
+
+class EngineTlsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """`tls_config` of an engine, as in Prometheus' scrape configuration."""
+
+    ca_file: Annotated[str, Meta(pattern=r"^/", max_length=4096)] | None = None
+    server_name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]+$", max_length=253)] | None = None
+    """The name that its certificate is for, where its URL has another."""
+    insecure_skip_verify: bool = False
+
+
 class EngineTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A serving engine whose metrics are read."""
 
@@ -349,6 +404,8 @@ class EngineTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """ZeroMQ endpoints of its forward-pass metrics, one for each data-parallel rank."""
     request_log: Annotated[str, Meta(pattern=r"^/", max_length=4096)] | None = None
     """Folder of SGLang's request files."""
+    authorization: EngineAuthorization | None = None
+    tls_config: EngineTlsConfig | None = None
 
 
 class _EngineTarget(Form):
@@ -361,9 +418,12 @@ class _EngineTarget(Form):
         if not isinstance(raw, str | dict):
             raise _RefusedError("is not an engine", mend)
         try:
-            return msgspec.convert({"url": raw} if isinstance(raw, str) else raw, EngineTarget)
+            target = msgspec.convert({"url": raw} if isinstance(raw, str) else raw, EngineTarget)
         except msgspec.ValidationError as error:
             raise _RefusedError(f"is not an engine ({error})", mend) from None
+        if target.tls_config is not None and not target.url.startswith("https:"):
+            raise _RefusedError("has a tls_config, which http does not use", "write https:// or remove tls_config")
+        return target
 
     def write(self, value: EngineTarget) -> object:
         tree: dict[str, object] = msgspec.to_builtins(value)
@@ -424,12 +484,22 @@ class Web(Section, frozen=True):
 
     listen_address: Annotated[
         tuple[str, ...],
-        _List(_Address()),
+        _List(_WebAddress()),
         Meta(
             min_length=1,
-            description="The addresses to listen on; `:port` means all interfaces, port 0 a free one.",
+            description="The addresses to listen on; `:port` means all interfaces, port 0 a free one, `unix:/path` a "
+            "Unix socket with the mode of `ingest.socket_access`, whose clients are of this machine and speak plain "
+            "HTTP.",
         ),
     ] = (":9841",)
+    metrics_listen_address: Annotated[
+        tuple[str, ...],
+        _List(_Address()),
+        Meta(
+            description="More addresses, at which metrics and health alone are served: `web.listen_address` may then "
+            "stay on loopback, with the live page and `/v1/`."
+        ),
+    ] = ()
     telemetry_path: Annotated[
         str,
         # Under /-/ stand health and readiness, at / the live page.
@@ -472,14 +542,14 @@ class Ingest(Section, frozen=True):
     ] = ""
     socket_access: Annotated[
         SocketAccess,
-        Meta(description="Who may write to the sockets: `owner` is mode 0600, `group` 0660, `everyone` 0666."),
+        Meta(description="Who may connect to the Unix sockets: `owner` is mode 0600, `group` 0660, `everyone` 0666."),
     ] = "group"
     token_file: Annotated[
         str,
         _Text("FILE", "(/.*)?", "an absolute path, or nothing"),
         Meta(
             description="A file with the token that every HTTP client of `/v1/` must send as `Authorization: Bearer`; "
-            "if empty, only clients on this machine are answered."
+            "it is re-read when it changes. If empty, only clients on this machine are answered."
         ),
     ] = ""
     max_body_mebibytes: Annotated[
@@ -513,22 +583,7 @@ class Ingest(Section, frozen=True):
         """Return what `token_file` holds, `None` without one; raises ConfigError when it holds no token."""
         if not self.token_file:
             return None
-        try:
-            with Path(self.token_file).open(encoding="utf-8") as file:
-                token = file.read(TOKEN_CHARACTERS + 1).strip()
-        except OSError as error:
-            raise ConfigError(
-                f"ingest.token_file: {self.token_file} cannot be read ({error.strerror}); "
-                "make it a file that the daemon's user may read, or remove the key"
-            ) from None
-        except UnicodeDecodeError:
-            token = ""
-        if not token or len(token) > TOKEN_CHARACTERS or not re.fullmatch("[!-~]+", token):
-            raise ConfigError(
-                f"ingest.token_file: {self.token_file} does not hold a token; write one word of up to "
-                f"{TOKEN_CHARACTERS} ASCII characters into it, for example with `openssl rand -hex 32`"
-            )
-        return token
+        return read_token("ingest.token_file", Path(self.token_file))
 
 
 class Otlp(Section, frozen=True):
@@ -537,14 +592,17 @@ class Otlp(Section, frozen=True):
     listen_address: Annotated[
         tuple[str, ...],
         _List(_Address()),
-        Meta(description="More addresses at which `/v1/traces` is served; OTLP's own port is 4318."),
+        Meta(
+            description="More addresses at which `/v1/traces` is served, with TLS where `web.config.file` has it; "
+            "OTLP's own port is 4318."
+        ),
     ] = ()
     grpc_listen_address: Annotated[
         tuple[str, ...],
         _List(_Address()),
         Meta(
-            description="The addresses at which spans are taken over gRPC, which needs `jouletrace[grpc]`; OTLP's own "
-            "port is 4317."
+            description="The addresses at which spans are taken over gRPC, with TLS where `web.config.file` has it; "
+            "needs `jouletrace[grpc]`. OTLP's own port is 4317."
         ),
     ] = ()
     forward_url: Annotated[
@@ -607,10 +665,44 @@ class Engines(Section, frozen=True):
         Meta(
             description="Engines on this machine's GPUs that are read though nobody finds them; in the file an item "
             "may also be a mapping that says its GPUs (`gpu_uuids`), its `kind`, `engine_id`, `models` and "
-            "`metrics_path`, the ZeroMQ endpoints of its forward-pass metrics (`forward_pass`) and the folder of "
-            "SGLang's request files (`request_log`)."
+            "`metrics_path`, the ZeroMQ endpoints of its forward-pass metrics (`forward_pass`), the folder of "
+            "SGLang's request files (`request_log`), and, as in Prometheus' scrape configuration, `authorization` "
+            "(`credentials_file`, `type`) and `tls_config` (`ca_file`, `server_name`, `insecure_skip_verify`), whose "
+            "files are re-read when they change."
         ),
     ] = ()
+
+
+class Workloads(Section, frozen=True):
+    """What is told of the processes on the GPUs. Needs the host's process ids; without effect on a recording."""
+
+    processes: Annotated[
+        Switch,
+        Meta(description="Whether the workloads on each GPU are listed as `jouletrace_gpu_process_info`."),
+    ] = False
+    pods: Annotated[
+        Switch,
+        Meta(
+            description="Whether Kubernetes pods are named and their energy is exported as "
+            "`jouletrace_pod_energy_joules_total`."
+        ),
+    ] = False
+    pod_resources_socket: Annotated[
+        str,
+        _Text("FILE", "(/.*)?", "an absolute path, or nothing"),
+        Meta(
+            description="The socket of the kubelet's pod-resources API, which needs `jouletrace[grpc]`; if empty, the "
+            "kubelet is not asked."
+        ),
+    ] = "/var/lib/kubelet/pod-resources/kubelet.sock"
+    pod_logs_dir: Annotated[
+        str,
+        _Text("DIRECTORY", "(/.*)?", "an absolute path, or nothing"),
+        Meta(
+            description="Where the kubelet keeps the logs of pods, in folders named after them; if empty, it is not "
+            "looked at."
+        ),
+    ] = "/var/log/pods"
 
 
 class Ledger(Section, frozen=True):
@@ -756,6 +848,7 @@ class Config(Section, frozen=True):
     ingest: Ingest = Ingest()
     otlp: Otlp = Otlp()
     engines: Engines = Engines()
+    workloads: Workloads = Workloads()
     ledger: Ledger = Ledger()
     sampling: Sampling = Sampling()
     diagnosis: Diagnosis = Diagnosis()
@@ -920,12 +1013,14 @@ def _check_combinations(config: Config, settings: Mapping[str, _Setting]) -> Non
         )
     for name, addresses in (
         ("web.listen_address", config.web.listen_address),
+        ("web.metrics_listen_address", config.web.metrics_listen_address),
         ("ingest.listen_address", config.ingest.listen_address),
     ):
         _check_addresses(name, addresses, settings)
 
 
 def _check_addresses(name: str, addresses: Sequence[str], settings: Mapping[str, _Setting]) -> None:
+    addresses = [address for address in addresses if unix_path(address) is None]
     everywhere = {port for host, port in map(split_address, addresses) if host is None}
     for address in addresses:
         host, port = split_address(address)

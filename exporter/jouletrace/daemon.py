@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -18,12 +19,14 @@ from aiohttp import hdrs, web
 from jouletrace import logs
 from jouletrace.accounting import Accounting, KnownModels, read_laws
 from jouletrace.config import Config, ConfigError, changed_keys
+from jouletrace.followed import FollowedFiles, reloads
 from jouletrace.gpu.readings import Device, DriverMismatchError, GpuError, NoDriverError, Source
 from jouletrace.gpu.sampler import DriverLostError, Intervals, Sampler
 from jouletrace.metrics.exporter import node_registry
 from jouletrace.notify import Supervisor, passed_sockets
 from jouletrace.state import StateDirectory
 from jouletrace.trace.recording import RecordingError
+from jouletrace.unix_sockets import MODES
 from jouletrace.web.access import Access
 from jouletrace.web.application import API_PREFIX, api_application, application
 from jouletrace.web.health import Readiness, readiness
@@ -31,6 +34,7 @@ from jouletrace.web.live.document import Moment
 from jouletrace.web.live.stream import LiveStream
 from jouletrace.web.openapi import openapi_route
 from jouletrace.web.serve import WebServer
+from jouletrace.workloads.service import LISTING_SECONDS, WorkloadService, WorkloadSnapshot
 
 STANDARD_ERROR = 2
 """Its descriptor, which is there even when `sys.stderr` is something else."""
@@ -99,9 +103,15 @@ def intervals(config: Config) -> Intervals:
         graphics=sampling.graphics_interval,
         state=sampling.state_interval,
         health=sampling.health_interval,
+        processes=LISTING_SECONDS if names_workloads(config) else None,
         counter=sampling.counter_interval,
         polling=1.0 / sampling.power_polling_hertz,
     )
+
+
+def names_workloads(config: Config) -> bool:
+    """Return whether the processes on the GPUs are to be looked at; those of a recording are not here."""
+    return config.replay_file is None and (config.workloads.processes or config.workloads.pods)
 
 
 def exit_code(failure: BaseException) -> int:
@@ -158,10 +168,13 @@ class Daemon:
         self._ended: asyncio.Future[BaseException | None] | None = None
         self.sampler: Sampler
         self._accounting: Accounting
-        self._access: Access
+        self._followed: Sequence[FollowedFiles[Any]]
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; return the exit code. Raises ListenError before anything is read."""
+        """Serve until SIGTERM or SIGINT; return the exit code.
+
+        Raises ListenError and SocketError before anything is read.
+        """
         # A watchdog that is not fed sends SIGABRT: the log then tells where each thread stood.
         faulthandler.enable(STANDARD_ERROR)
         loop = asyncio.get_running_loop()
@@ -180,10 +193,20 @@ class Daemon:
             give_up_after_seconds=config.driver.give_up_after,
             on_end=end_from_thread,
         )
-        self._accounting = accounting = Accounting(config, self._source.clock, self.sampler.live_devices)
+        workloads = None
+        if names_workloads(config):
+            workloads = WorkloadService(config.workloads, self._source.clock, self.sampler.live_devices)
+        self._accounting = accounting = Accounting(
+            config,
+            self._source.clock,
+            self.sampler.live_devices,
+            workloads.namespaces if workloads else dict,
+        )
         web_config = config.web.config.file
-        self._access = access = Access(Path(web_config) if web_config else None, accounting.entrance)
-        app = application(
+        access = Access(Path(web_config) if web_config else None, accounting.entrance)
+        self._followed = followed = [*accounting.followed(), *([] if access.followed is None else [access.followed])]
+        make_application = partial(
+            application,
             snapshot=lambda: self.sampler.snapshot,
             registry=node_registry(
                 lambda: self.sampler.snapshot,
@@ -194,18 +217,25 @@ class Daemon:
                 events=accounting.events,
                 diagnosis=lambda: accounting.diagnosis,
                 tee=accounting.tee,
+                reloads=lambda: reloads(followed),
+                workloads=workloads.scraped if workloads else WorkloadSnapshot,
             ),
             readiness=self.readiness,
             telemetry_path=config.web.telemetry_path,
         )
+        app = make_application()
         routes = [*accounting.routes(), openapi_route(config.web.telemetry_path)]
         own_ingest = config.ingest.listen_address
         app.add_routes(filter(_only_reads, routes) if own_ingest else routes)
         self._live(accounting).add_to(app)
         access.guard(app, own_rules=routes)
-        server = WebServer(app, tls=lambda: access.tls)
+        server = WebServer(app, tls=lambda: access.tls, socket_mode=MODES[config.ingest.socket_access])
         passed = passed_sockets(os.environ, os.getpid())
         await server.start(() if passed.metrics else config.web.listen_address, passed=passed.metrics)
+        metrics = make_application(with_live_page=False)
+        access.guard(metrics)
+        metrics_server = WebServer(metrics, tls=lambda: access.tls, address_flag="--web.metrics-listen-address")
+        await metrics_server.start(config.web.metrics_listen_address)
         ingest = api_application(routes)
         access.guard(ingest, own_rules=routes)
         ingest_server = WebServer(ingest, tls=lambda: access.tls, address_flag="--ingest.listen-address")
@@ -213,7 +243,7 @@ class Daemon:
         # What a replay's engine sends must come in whatever certificates others need.
         replay_server = WebServer(api_application(routes))
         await replay_server.start(("127.0.0.1:0",) if config.replay_file is not None else ())
-        await accounting.start(self._end, passed)
+        await accounting.start(self._end, passed, access)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, partial(self._end, None))
         reload_asked = asyncio.Event()
@@ -228,13 +258,19 @@ class Daemon:
                 metrics=f"{url}{config.web.telemetry_path}",
                 source=self._source.name,
             )
+        for path in server.paths:
+            _log.info("serving", socket=path, source=self._source.name)
+        for url in metrics_server.urls:
+            _log.info("serving metrics alone", metrics=f"{url}{config.web.telemetry_path}")
         for url in ingest_server.urls:
             _log.info("taking records", endpoint=f"{url}{API_PREFIX}")
         if passed.metrics and config.web.listen_address != Config().web.listen_address:
             _log.warning("web.listen_address is not used: systemd's socket unit says where to listen")
         self._supervisor.ready(self._status())
         chores = [self._chore(self._save_regularly()), self._chore(self._reload_when(reload_asked))]
-        chores += [self._chore(self._tell_supervisor()), self._chore(access.follow())]
+        chores += [self._chore(self._tell_supervisor()), *(self._chore(files.run()) for files in followed)]
+        if workloads is not None:
+            chores.append(self._chore(workloads.run()))
         failure = await self._ended
         self._supervisor.stopping()
         for chore in chores:
@@ -246,7 +282,7 @@ class Daemon:
         if feeding is not None:
             feeding.cancel()
             await asyncio.wait({feeding})
-        for each in (server, ingest_server, replay_server):
+        for each in (server, metrics_server, ingest_server, replay_server):
             await each.stop()
         access.close()
         await accounting.stop()
@@ -326,7 +362,8 @@ class Daemon:
     async def _reload(self) -> None:
         """Read the configuration anew and apply what can be; a wrong one is refused whole."""
         self._supervisor.reloading()
-        await self._access.reload()
+        for files in self._followed:
+            await files.reload()
         try:
             written, known = await asyncio.to_thread(self._read_again)
         except ConfigError as failure:

@@ -32,6 +32,8 @@ def configure(level: LogLevel, format: LogFormat, stream: TextIO | None = None) 
 
     `auto` is `console` on a terminal and `json` elsewhere. A later call replaces an earlier one.
     """
+    # gRPC's core writes to standard error by itself, a line for each stranger whose TLS handshake fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     stream = sys.stderr if stream is None else stream
     is_terminal = stream.isatty()
     lowest = logging.getLevelNamesMapping()[level.upper()]

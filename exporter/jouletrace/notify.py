@@ -21,6 +21,8 @@ WATCHDOG_BEATS: Final = 3
 STATUS_CHARACTERS: Final = 500
 """Longest status; `systemctl status` shows it on one line."""
 
+HTTP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+
 _log = structlog.get_logger(__name__)
 
 
@@ -89,7 +91,7 @@ class PassedSockets:
     """Listening sockets that systemd opened for this process and keeps open while it restarts."""
 
     metrics: tuple[socket.socket, ...] = ()
-    """TCP, `FileDescriptorName=metrics`."""
+    """TCP or Unix stream, `FileDescriptorName=metrics`."""
     stream: socket.socket | None = None
     """Unix stream, `FileDescriptorName=ingest`."""
     datagram: socket.socket | None = None
@@ -110,14 +112,14 @@ def passed_sockets(environment: MutableMapping[str, str], pid: int) -> PassedSoc
         descriptor = FIRST_SOCKET + number
         os.set_inheritable(descriptor, False)
         sock = socket.socket(fileno=descriptor)
-        if name == "metrics" and sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+        if name == "metrics" and sock.family in HTTP_FAMILIES and sock.type == socket.SOCK_STREAM:
             metrics.append(sock)
         elif name == "ingest" and sock.family == socket.AF_UNIX and sock.type not in ingest:
             ingest[sock.type] = sock
         else:
             _log.warning(
-                "systemd passed a socket that has no use here: name a TCP one metrics, and one Unix stream and one "
-                "Unix datagram socket ingest (FileDescriptorName=)",
+                "systemd passed a socket that has no use here: name stream sockets for HTTP metrics, and one Unix "
+                "stream and one Unix datagram socket ingest (FileDescriptorName=)",
                 name=name,
                 family=sock.family.name,
                 type=sock.type.name,

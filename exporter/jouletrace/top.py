@@ -1,11 +1,14 @@
 """`jouletrace top`: the live monitor in a terminal, from the same stream as the page."""
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
 import os
 import signal
+import socket
+import ssl
 import sys
 import termios
 import tty
@@ -14,6 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, M
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import aiohttp
 from rich.console import Console, Group, RenderableType
@@ -21,15 +25,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from jouletrace.config import ConfigError, unix_path
 from jouletrace.diagnosis.drivers import Driver
 from jouletrace.trace.report import printable
 
+DEFAULT_SOCKET: Final = Path("/run/jouletrace/web.sock")
+DEFAULT_URL: Final = "http://127.0.0.1:9841"
+"""Where a daemon is looked for, one after the other; the second is its default listener."""
 FIRST_WAIT_SECONDS: Final = 1.0
 LONGEST_WAIT_SECONDS: Final = 15.0
 SILENT_SECONDS: Final = 10.0
 """A stream that says nothing for so long is dead: it has a round each second."""
 MOST_EVENT_BYTES: Final = 8 << 20
-"""The longest event: a window's traces of 8 GPUs take 165 kB."""
+"""The longest event: a window's traces of 8 GPUs take 167 kB."""
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 ASCII_BLOCKS: Final = " .:-=+*#@"
 DRIVER_STYLES: Final = ("bright_black", "blue", "yellow", "green", "magenta", "red")
@@ -46,6 +54,106 @@ _LOST = {
 
 class StreamError(Exception):
     """The stream cannot be followed; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The daemon that is watched, and how to get in."""
+
+    name: str
+    """As people write it."""
+    url: str
+    socket: Path | None = None
+    """The Unix socket behind the URL."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tls: ssl.SSLContext | None = None
+
+    def session(self) -> aiohttp.ClientSession:
+        """Return a session with it."""
+        if self.socket is not None:
+            return aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket)), headers=self.headers)
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.tls or True), headers=self.headers)
+
+
+def find_target(
+    address: str | None,
+    *,
+    token_file: Path | None = None,
+    user: str | None = None,
+    password_file: Path | None = None,
+    ca_file: Path | None = None,
+    cert_file: Path | None = None,
+    key_file: Path | None = None,
+) -> Target:
+    """Return the daemon at a URL or `unix:/PATH`; without one, the default ones are looked for.
+
+    Secrets come from files: other users see the command line. Raises ConfigError.
+    """
+    if address is None:
+        address = f"unix:{DEFAULT_SOCKET}" if _listens(DEFAULT_SOCKET) else DEFAULT_URL
+    headers = _headers(token_file, user, password_file)
+    wants_tls = any((ca_file, cert_file, key_file))
+    path = unix_path(address)
+    if path is None:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ConfigError(
+                f"{printable(address).rpartition('@')[2]}: is not where a daemon can be; write http://HOST:PORT, "
+                "https://HOST:PORT or unix:/PATH, and a user as --user with --password-file"
+            )
+        if parts.scheme == "https":
+            return Target(address, address, headers=headers, tls=_tls(ca_file, cert_file, key_file))
+    if wants_tls:
+        raise ConfigError(f"{address}: --ca-file, --cert-file and --key-file are for a URL that begins with https://")
+    return Target(address, address if path is None else "http://localhost", path, headers)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == 0
+
+
+def _headers(token_file: Path | None, user: str | None, password_file: Path | None) -> Mapping[str, str]:
+    if (user is None) != (password_file is None):
+        raise ConfigError("--user and --password-file go together: give both")
+    if token_file is not None and user is not None:
+        raise ConfigError("--token-file and --user exclude each other: the token lets in without a password")
+    if token_file is not None:
+        return {"Authorization": f"Bearer {_secret('--token-file', token_file)}"}
+    if user is not None and password_file is not None:
+        login = f"{user}:{_secret('--password-file', password_file)}"
+        return {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    return {}
+
+
+def _secret(flag: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = getattr(failure, "strerror", None) or "it is not text"
+        raise ConfigError(f"{flag}: {file} cannot be read ({reason}); name a file that you may read") from None
+
+
+def _tls(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as failure:  # ssl.SSLError is one, too.
+        raise ConfigError(
+            f"--ca-file: {ca_file} cannot be used ({failure.strerror}); name a file of PEM certificates"
+        ) from None
+    if cert_file is not None:
+        try:
+            # Without a password that it could ask for, an encrypted key is refused.
+            context.load_cert_chain(cert_file, key_file, password="")
+        except OSError as failure:
+            raise ConfigError(
+                f"--cert-file, --key-file: {cert_file} cannot be used ({failure.strerror}); name a certificate and "
+                "its key, unencrypted, as PEM"
+            ) from None
+    elif key_file is not None:
+        raise ConfigError("--key-file goes with --cert-file: give both")
+    return context
 
 
 @dataclass(slots=True)
@@ -77,33 +185,40 @@ class Seen:
         at_ms = piece["start_ms"]
         for step_ms, watts in zip(piece["steps_ms"], piece["watts"], strict=True):
             at_ms += step_ms
-            if at_ms > last_ms:
+            # Of some times nobody knows.
+            if at_ms > last_ms and watts is not None:
                 points.append((at_ms, watts))
         window_ms = self.hello.get("window_seconds", 60) * 1000
         while points and points[0][0] < at_ms - window_ms:
             points.popleft()
 
 
-async def events(session: aiohttp.ClientSession, url: str, token: str) -> AsyncGenerator[tuple[str, Any], None]:
+async def events(session: aiohttp.ClientSession, target: Target) -> AsyncGenerator[tuple[str, Any], None]:
     """Yield the stream's events (name, data); raises StreamError when it cannot be had or ends."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    address = f"{url.rstrip('/')}/v1/live"
+    name = target.name
+    address = f"{target.url.rstrip('/')}/v1/live"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=SILENT_SECONDS)
     try:
-        async with session.get(address, headers=headers, timeout=timeout) as answer:
+        async with session.get(address, timeout=timeout) as answer:
             if answer.status != 200:
-                raise StreamError(await _refusal(answer, url))
-            async for name, data in _parsed(answer.content):
-                yield name, data
+                raise StreamError(await _refusal(answer, name))
+            async for event, data in _parsed(answer.content):
+                yield event, data
     except TimeoutError:
-        raise StreamError(f"{url} has gone silent; look at its log") from None
+        raise StreamError(f"{name} has gone silent; look at its log") from None
+    except aiohttp.ClientConnectorCertificateError as failure:
+        reason = getattr(failure.certificate_error, "verify_message", "") or str(failure.certificate_error)
+        raise StreamError(
+            f"{name} is not trusted ({printable(reason)}); name the file of its certificate authority with --ca-file, "
+            "and use a name that its certificate has"
+        ) from None
     except (aiohttp.ClientError, OSError, ValueError) as failure:
         reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
         raise StreamError(
-            f"{url} cannot be reached ({printable(reason)}); is `jouletrace run` running there, "
-            "and is this its web.listen_address?"
+            f"{name} cannot be reached ({printable(reason)}); is `jouletrace run` running there, "
+            "is this its web.listen_address, and does it want https:// or a client certificate (--cert-file)?"
         ) from None
-    raise StreamError(f"{url} has ended the stream; is it being restarted?")
+    raise StreamError(f"{name} has ended the stream; is it being restarted?")
 
 
 async def _parsed(content: aiohttp.StreamReader) -> AsyncIterator[tuple[str, Any]]:
@@ -117,19 +232,17 @@ async def _parsed(content: aiohttp.StreamReader) -> AsyncIterator[tuple[str, Any
             yield name.removeprefix(b"event: ").decode(), json.loads(data.removeprefix(b"data: "))
 
 
-async def _refusal(answer: aiohttp.ClientResponse, url: str) -> str:
+async def _refusal(answer: aiohttp.ClientResponse, name: str) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError, aiohttp.ClientError):
-        return printable(f"{url}: {json.loads(await answer.read())['error']['message']}")
-    return f"{url} answers {answer.status}: this is no jouletrace, or one from before `top`"
+        return printable(f"{name}: {json.loads(await answer.read())['error']['message']}")
+    return f"{name} answers {answer.status}: this is no jouletrace, or one from before `top`"
 
 
-async def rounds(
-    session: aiohttp.ClientSession, url: str, token: str
-) -> AsyncGenerator[tuple[Seen, dict[str, Any]], None]:
+async def rounds(session: aiohttp.ClientSession, target: Target) -> AsyncGenerator[tuple[Seen, dict[str, Any]], None]:
     """Yield what is known after each round, and that round's events by name; raises StreamError."""
     seen = Seen()
     news: dict[str, Any] = {}
-    stream = events(session, url, token)
+    stream = events(session, target)
     async with contextlib.aclosing(stream):
         async for name, data in stream:
             seen.take(name, data)
@@ -140,26 +253,26 @@ async def rounds(
                 news = {}
 
 
-def run(url: str, *, token: str = "", once: bool = False, as_json: bool = False) -> int:
+def run(target: Target, *, once: bool = False, as_json: bool = False) -> int:
     """Show the monitor of a daemon until `q`; return the exit code. Raises StreamError."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without a letter gets a mark in its place, not an error.
         sys.stdout.reconfigure(errors="replace")
     if as_json or once:
-        return asyncio.run(_print(url, token, once=once, as_json=as_json))
+        return asyncio.run(_print(target, once=once, as_json=as_json))
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         raise StreamError("top needs a terminal; in a script use --once, --json or both")
-    return asyncio.run(_Screen(url, token).run())
+    return asyncio.run(_Screen(target).run())
 
 
-async def _print(url: str, token: str, *, once: bool, as_json: bool) -> int:
-    async with aiohttp.ClientSession() as session, contextlib.aclosing(rounds(session, url, token)) as stream:
+async def _print(target: Target, *, once: bool, as_json: bool) -> int:
+    async with target.session() as session, contextlib.aclosing(rounds(session, target)) as stream:
         async for seen, news in stream:
             if as_json:
                 print(json.dumps(news), flush=True)
             else:
                 console = Console(highlight=False)
-                console.print(view(seen, url, Look.of(console), height=None))
+                console.print(view(seen, target.name, Look.of(console), height=None))
             if once:
                 break
     return 0
@@ -182,9 +295,8 @@ class Look:
 class _Screen:
     """The monitor on a whole screen, with keys."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self._url = url
-        self._token = token
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._console = Console(highlight=False)
         self._seen = Seen()
         self._problem = "connecting"
@@ -213,17 +325,17 @@ class _Screen:
 
     async def _follow(self) -> None:
         wait_seconds = FIRST_WAIT_SECONDS
-        async with aiohttp.ClientSession() as session:
+        async with self._target.session() as session:
             while True:
                 try:
-                    async with contextlib.aclosing(rounds(session, self._url, self._token)) as stream:
+                    async with contextlib.aclosing(rounds(session, self._target)) as stream:
                         async for seen, _ in stream:
                             wait_seconds, self._problem, self._seen = FIRST_WAIT_SECONDS, "", seen
                             if not self._holds:
                                 self._show()
                 except StreamError as failure:
                     for left in range(round(wait_seconds), 0, -1):
-                        self._problem = f"{failure} (trying again in {left} s; what is shown is old)"
+                        self._problem = f"Old, trying again in {left} s: {failure}"
                         self._show()
                         await asyncio.sleep(1)
                     wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
@@ -244,7 +356,13 @@ class _Screen:
         size = self._console.size
         look = Look.of(self._console)
         return view(
-            self._seen, self._url, look, height=size.height, problem=self._problem, holds=self._holds, has_keys=True
+            self._seen,
+            self._target.name,
+            look,
+            height=size.height,
+            problem=self._problem,
+            holds=self._holds,
+            has_keys=True,
         )
 
 
@@ -264,7 +382,7 @@ def _keys(terminal: int) -> Iterator[None]:
 
 def view(
     seen: Seen,
-    url: str,
+    name: str,
     look: Look,
     *,
     height: int | None,
@@ -272,12 +390,13 @@ def view(
     holds: bool = False,
     has_keys: bool = False,
 ) -> RenderableType:
-    """Return what is on the screen: at most `height` lines, everything for None."""
-    lines = _head(seen, url, problem, holds)
+    """Return what is on the screen about the daemon of a name: at most `height` lines, everything for None."""
+    lines = _head(seen, name, problem, holds)
     if not seen.node:
         return Group(*lines)
     foot = [Text("q quit   p hold", style="dim")] if has_keys else []
     node = seen.node
+    head = len(lines)
     engines = [line for engine in node["engines"] for line in _engine(engine)]
     room = None if height is None else height - len(lines) - len(foot)
     each = 4
@@ -288,17 +407,20 @@ def view(
     for device in node["devices"]:
         lines += _device(device, seen.traces.get(device["uuid"], ()), look, node["now_ms"])[:each]
     lines += engines
+    if problem:
+        for line in lines[head:]:
+            line.stylize("dim")
     if height is None:
         return Group(*lines, *_requests(seen, None))
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
     left = height - len(lines) - len(foot)
-    return Group(*lines[: height - len(foot)], *(_requests(seen, left) if left >= 3 else ()), *foot)
+    return Group(*lines[: height - len(foot)], *(_requests(seen, left) if left >= 2 else ()), *foot)
 
 
-def _head(seen: Seen, url: str, problem: str, holds: bool) -> list[Text]:
+def _head(seen: Seen, name: str, problem: str, holds: bool) -> list[Text]:
     node = seen.node
-    title = Text.assemble(("jouletrace", "bold"), f" {seen.hello.get('version', '')}  {url}")
+    title = Text.assemble(("jouletrace", "bold"), f" {seen.hello.get('version', '')}  {name}")
     if holds:
         title.append("  on hold", "yellow")
     lines = [title]
@@ -314,18 +436,20 @@ def _head(seen: Seen, url: str, problem: str, holds: bool) -> list[Text]:
     gpus = f"{len(readable)} GPU{'' if len(readable) == 1 else 's'}"
     lines.append(
         Text.assemble(
-            (f"{sum(device['watts'] for device in readable):.0f} W", "bold"),
-            f" of {limit:.0f} W, {gpus}, {in_flight} requests in flight",
-        )
-    )
-    lines.append(
-        Text.assemble(
-            f"requests {joules(account['attributed_joules'])}, idle bare {joules(account['idle_joules']['bare'])} "
-            f"parked {joules(account['idle_joules']['parked'])}, "
-            f"unattributed {joules(account['unattributed_joules'])}, ",
+            (f"{sum(device['watts'] for device in readable):.0f} W" if readable else "no power known", "bold"),
+            f" of {limit:.0f} W, {gpus}, {in_flight} requests in flight, " if readable else ", ",
             (f"waste {joules(wasted)}", "yellow" if wasted else ""),
         )
     )
+    # Before the first settling nobody knows; that is not 0.
+    if account["settled_ms"] is not None:
+        idle = account["idle_joules"]
+        lines.append(
+            Text(
+                f"requests {joules(account['attributed_joules'])}, idle bare {joules(idle['bare'])} "
+                f"parked {joules(idle['parked'])}, unattributed {joules(account['unattributed_joules'])}"
+            )
+        )
     lines += [Text(printable(reason), style="bold red") for reason in node["problems"]]
     return lines
 
@@ -355,7 +479,8 @@ def _device(device: Mapping[str, Any], points: Iterable[tuple[float, float]], lo
     flags = ", ".join(verdict["flags"]).replace("_", " ")
     sentence = printable(verdict["sentence"].removeprefix(f"{verdict['verdict']}: "))
     held = _for_seconds((now_ms - verdict["since_ms"]) / 1000)
-    second = Text.assemble("       ", f"for {held}: {sentence}", (f"  {flags}" if flags else "", "yellow"))
+    # The flags come first: a narrow terminal cuts the end.
+    second = Text.assemble("       ", (f"{flags}  " if flags else "", "bold yellow"), f"for {held}: {sentence}")
     return [first, second, *([_drivers(drivers, look)] if drivers else []), _more(device, verdict)]
 
 
@@ -378,11 +503,12 @@ def _more(device: Mapping[str, Any], verdict: Mapping[str, Any]) -> Text:
         facts.append(f"highest {device['max_watts']:.0f} W")
     if device["temperature_celsius"] is not None:
         facts.append(f"{device['temperature_celsius']:.0f} °C")
-    facts += [f"idle {kind} {watts:.0f} W" for kind, watts in device["idle_watts"].items()]
-    facts += [f"{kind} {joules(used)}" for kind, used in device["idle_joules"].items() if used]
+    levels = [f"{kind} {watts:.0f} W" for kind, watts in device["idle_watts"].items()]
+    energies = [f"{kind} {joules(used)}" for kind, used in device["idle_joules"].items() if used]
+    facts += [f"{name} {' '.join(values)}" for name, values in (("idle", levels), ("idle energy", energies)) if values]
     facts += [f"waste {cause} {joules(used)}" for cause, used in device["wasted_joules"].items() if used]
     facts += [
-        f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else f"{name} {printable(value)}"
+        f"{name.replace('_', ' ')} " + (f"{value:.3g}" if isinstance(value, float) else printable(value))
         for name, value in verdict["evidence"].items()
         if name not in ("watts", "margin")
     ]
@@ -494,16 +620,3 @@ def _for_seconds(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
-
-
-def read_token(file: Path | None) -> str:
-    """Return the token in a file, nothing for none; raises StreamError."""
-    if file is None:
-        return ""
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as failure:
-        reason = getattr(failure, "strerror", None) or "it is not text"
-        raise StreamError(
-            f"--token-file: {file} cannot be read ({reason}); name the file of ingest.token_file"
-        ) from None

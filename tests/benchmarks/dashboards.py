@@ -1,43 +1,50 @@
 """What the dashboards cost: every panel's query over 24 hours of a node with 8 GPUs, on a local Prometheus.
 
-`python -m tests.benchmarks.dashboards [--models N] [--tenants N]` makes the day's samples from the real collectors'
-page (counters rise, gauges swing, state sets change), imports them with promtool, starts Prometheus on them and asks
-each query three times; the middle time counts. Prints the slowest, and what a sample takes on disk.
+`python -m tests.benchmarks.dashboards [--models N] [--tenants N] [--nodes N]` makes the day's samples from the real
+collectors' page (counters rise, gauges swing, state sets change), imports them with promtool, adds what the recording
+rules make of them, starts Prometheus on it all and asks each query five times; the middle time counts. Prints each
+board's times, the slowest queries, and what a sample takes on disk.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import yaml
 from dashboards.boards import files
 from dashboards.queries import (
     PROCESS_CPU,
     PROCESS_MEMORY,
     PROCESS_START,
+    RULE_SECONDS,
     SCRAPE_SECONDS,
     SCRAPED,
     SCRAPED_SAMPLES,
 )
 from prometheus_client.core import Metric
 
-from tests.dashboards.asked import Asked, ask, panels, queries, values
+from jouletrace.diagnosis.waste import WasteCause
+from tests.dashboards.asked import Asked, Shown, ask, queries, values
 from tests.integration.test_prometheus import fetch, free_port, program, wait_for
 from tests.node_page import full_page
 
+RULES = Path(__file__).parents[2] / "deploy" / "prometheus" / "recording"
 GPUS = 8
 HOURS = 24
 INTERVAL_SECONDS = 30
 END_S = 1_795_392_000
-STEP_SECONDS = 60.0
-"""What Grafana asks for over a day on a panel that is 1,440 pixels wide."""
+DAY = Shown(HOURS * 3600, INTERVAL_SECONDS)
+"""A point each minute, as on panels that are 1,440 pixels wide."""
 LIMIT_SECONDS = 0.3
 STATE_SECONDS = 900
 Value = Callable[[int], float]
@@ -97,20 +104,82 @@ def write_page(file: Path, models: int, tenants: int) -> tuple[int, int]:
     return series, samples
 
 
-def slowest(url: str) -> list[tuple[float, int, Asked]]:
-    """Return every query with the middle of three times in seconds and its number of series, slowest first."""
+def write_nodes(file: Path, nodes: int) -> None:
+    """Write what the rules recorded of further nodes during the day, as far as the fleet's board reads it."""
+    rng = random.Random(2)
+    several = {"kind": ("bare", "parked"), "cause": tuple(WasteCause)}
+    seconds = range(0, HOURS * 3600, RULE_SECONDS)
+    with file.open("w") as out:
+        for name in sorted(set(re.findall(r"jouletrace:instance[\w:]*", files()["jouletrace-fleet.json"]))):
+            out.write(f"# TYPE {name} gauge\n")
+            [label] = [one for one in several if f"_{one}:" in name] or [""]
+            for node in range(2, nodes + 2):
+                for value in several.get(label, ("",)):
+                    more = f',{label}="{value}"' if label else ""
+                    head = f'{name}{{instance="node-{node}",job="jouletrace"{more}}} '
+                    level = rng.uniform(1.0, 5000.0)
+                    out.writelines(
+                        f"{head}{level + second % 700:.1f} {END_S - HOURS * 3600 + second}\n" for second in seconds
+                    )
+        out.write("# EOF\n")
+
+
+def blocks_from(page: Path, blocks: Path) -> None:
+    """Import an OpenMetrics page and delete it."""
+    create = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--quiet", "--max-block-duration=24h"]
+    subprocess.run([*create, str(page), str(blocks)], check=True, stdout=subprocess.DEVNULL)
+    page.unlink()
+
+
+def depth(name: str, expressions: Mapping[str, str]) -> int:
+    """Return how many recorded metrics stand one on the other below this one."""
+    below = re.findall(r"jouletrace:[\w:]+", expressions[name])
+    return 1 + max((depth(one, expressions) for one in below), default=0)
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, blocks: Path) -> Iterator[str]:
+    """Run Prometheus on the blocks; yield its URL."""
+    port, log = free_port(), folder / "prometheus.log"
+    (folder / "prometheus.yml").write_text("{}\n")
+    command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={blocks}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn", "--storage.tsdb.retention.time=100y"]
+    with program(command, log) as server:
+        wait_for(lambda: fetch(f"http://127.0.0.1:{port}/-/ready"), 30, server, log)
+        yield f"http://127.0.0.1:{port}"
+
+
+def record(folder: Path, blocks: Path) -> None:
+    """Add what the recording rules would have recorded during the day.
+
+    promtool evaluates them on a running Prometheus, which sees new blocks when it starts; so those that read recorded
+    metrics come after what they read.
+    """
+    groups = [yaml.safe_load(file.read_text())["groups"][0] for file in sorted(RULES.glob("*.yml"))]
+    expressions = {rule["record"]: rule["expr"] for group in groups for rule in group["rules"]}
+    depths = {name: depth(name, expressions) for name in expressions}
+    for level in sorted(set(depths.values())):
+        rules = [{"record": name, "expr": expressions[name]} for name in expressions if depths[name] == level]
+        file = folder / "rules.yml"
+        file.write_text(yaml.safe_dump({"groups": [{"name": "day", "rules": rules}]}))
+        with prometheus(folder, blocks) as url:
+            times = [f"--start={END_S - HOURS * 3600}", f"--end={END_S - 1}", f"--eval-interval={RULE_SECONDS}s"]
+            create = ["promtool", "tsdb", "create-blocks-from", "rules", f"--url={url}", f"--output-dir={blocks}"]
+            subprocess.run([*create, *times, str(file)], check=True, capture_output=True)
+
+
+def measured(url: str, repeats: int) -> list[tuple[float, int, Asked]]:
+    """Return every query with its middle time in seconds and its number of series, slowest first."""
     result = []
     for text in files().values():
         dashboard = json.loads(text)
-        variables = values(dashboard, rate_interval="2m", time_range="24h", engine="vllm-0")
-        for query in queries(dashboard, variables):
+        for query in queries(dashboard, values(dashboard, engine="vllm-0"), DAY):
             times = []
-            for _ in range(3):
+            for _ in range(repeats):
                 before = time.perf_counter()
-                found = ask(url, query, end=END_S - 1, seconds=HOURS * 3600, step=STEP_SECONDS)
+                found = ask(url, query, end=END_S - 1, seconds=DAY.seconds)
                 times.append(time.perf_counter() - before)
             result.append((statistics.median(times), len(found), query))
-        assert panels(dashboard)
     return sorted(result, key=lambda one: -one[0])
 
 
@@ -119,28 +188,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--tenants", type=int, default=5)
+    parser.add_argument("--nodes", type=int, default=0, help="further nodes of the fleet's board, as recorded")
+    parser.add_argument("--repeats", type=int, default=5, help="times that each query is asked; the middle one counts")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         page, blocks = folder / "page.txt", folder / "tsdb"
         series, samples = write_page(page, options.models, options.tenants)
-        create = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "--quiet", "--max-block-duration=24h"]
-        subprocess.run([*create, str(page), str(blocks)], check=True, stdout=subprocess.DEVNULL)
-        page.unlink()
+        blocks_from(page, blocks)
         size = sum(file.stat().st_size for file in blocks.rglob("*") if file.is_file())
         print(f"{series} series, {samples} samples, {size / samples:.2f} bytes a sample on disk")
-        port = free_port()
-        (folder / "prometheus.yml").write_text("{}\n")
-        command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={blocks}"]
-        command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn", "--storage.tsdb.retention.time=100y"]
-        url, log = f"http://127.0.0.1:{port}", folder / "prometheus.log"
-        with program(command, log) as server:
-            wait_for(lambda: fetch(f"{url}/-/ready"), 30, server, log)
-            found = slowest(url)
-    print(f"{len(found)} queries; median {1e3 * statistics.median(t for t, _, _ in found):.0f} ms")
+        record(folder, blocks)
+        if options.nodes:
+            write_nodes(page, options.nodes)
+            blocks_from(page, blocks)
+        with prometheus(folder, blocks) as url:
+            found = measured(url, options.repeats)
+            count = Asked("", "", 'count({__name__=~"jouletrace:.+"})', instant=True, step_seconds=0.0)
+            recorded = ask(url, count, end=END_S - 1, seconds=0.0)
+    print(f"{recorded[0]['value'][1]} recorded series")
+    for board in (*sorted({query.board for _, _, query in found}), "jouletrace-"):
+        times = [seconds for seconds, _, query in found if query.board.startswith(board)]
+        p95 = statistics.quantiles(times, n=20)[-1]
+        line = f"{len(times):4d} queries: median {1e3 * statistics.median(times):.0f}, p95 {1e3 * p95:.0f},"
+        print(f"{line} slowest {1e3 * times[0]:.0f} ms  {board.removeprefix('jouletrace-') or 'all boards'}")
     for seconds, count, query in found[:12]:
         print(f"{1e3 * seconds:6.0f} ms {count:5d} series  {query.board}: {query.panel}: {query.expression[:110]}")
-    empty = sorted({f"{query.board}: {query.panel}" for _, count, query in found if not count})
+    answered = {(query.board, query.panel) for _, count, query in found if count}
+    empty = sorted({(query.board, query.panel) for _, _, query in found} - answered)
     print(f"without data: {empty}")
     return int(found[0][0] > LIMIT_SECONDS)
 

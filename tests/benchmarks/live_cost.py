@@ -74,21 +74,33 @@ async def memory(page: Page) -> tuple[float, int]:
 
 
 async def soak(page: Page, browser: psutil.Process, process: psutil.Process, minutes: float) -> None:
-    """Print the memory of page and daemon, and what it grows by in an hour."""
+    """Print the memory of page and daemon each half minute, and what each grows by in the second half of the time.
+
+    The daemon's timelines fill up in their first quarter of an hour.
+    """
     rows = []
-    end = time.monotonic() + minutes * 60
+    began = time.monotonic()
+    end = began + minutes * 60
     while True:
         heap, nodes = await memory(page)
         tree = sum(p.memory_info().rss for p in browser.children(recursive=True) if p.is_running()) / 2**20
         rows.append((time.monotonic(), heap, tree, process.memory_info().rss / 2**20))
-        print(f"  heap {heap:.2f} MiB, {nodes} nodes, browser {tree:.0f} MiB, daemon {rows[-1][3]:.1f} MiB", flush=True)
+        print(
+            f"  {(rows[-1][0] - began) / 60:4.1f} min: heap {heap:.2f} MiB, {nodes} nodes, browser {tree:.0f} MiB, "
+            f"daemon {rows[-1][3]:.1f} MiB",
+            flush=True,
+        )
         if time.monotonic() > end:
             break
         await asyncio.sleep(min(30.0, minutes * 10))
-    settled = rows[len(rows) // 3 :]
+    settled = rows[len(rows) // 2 :]
     for name, column in (("heap", 1), ("browser", 2), ("daemon", 3)):
-        slope = statistics.linear_regression([row[0] for row in settled], [row[column] for row in settled]).slope
-        print(f"{name}: {slope * 1800:+.2f} MiB in 30 minutes, by the last two thirds")
+        values = [row[column] for row in settled]
+        slope = statistics.linear_regression([row[0] for row in settled], values).slope
+        print(
+            f"{name}: {min(values):.2f} to {max(values):.2f} MiB in the second half, "
+            f"{slope * 1800:+.2f} MiB in 30 minutes by its slope"
+        )
 
 
 async def measure(folder: Path, soak_minutes: float, seconds: float) -> None:

@@ -62,10 +62,10 @@ def total(page: str, metric: str) -> float:
 class Daemon:
     """A daemon that is scraped meanwhile."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.started = time.monotonic()
         self._process = subprocess.Popen(
-            jouletrace("run", "--web.listen-address=127.0.0.1:0", f"--state-dir={folder / 'state'}"),
+            jouletrace("run", "--web.listen-address=127.0.0.1:0", f"--state-dir={folder / 'state'}", *options),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -8,10 +8,14 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import bcrypt
+import grpc
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 from tests.benchmarks.failed_logins import measure
 from tests.certificates import Authority, tls_section, write_anew
 from tests.daemon_process import DaemonProcess, run_command
@@ -56,7 +60,7 @@ def handshake(url: str, *options: str) -> str:
     address = url.removeprefix("https://")
     done = subprocess.run(
         ["openssl", "s_client", "-connect", address, *options],
-        input="", capture_output=True, text=True, timeout=10, check=False,
+        input="", capture_output=True, text=True, errors="replace", timeout=10, check=False,
     )  # fmt: skip
     return done.stdout + done.stderr
 
@@ -92,6 +96,133 @@ def test_tls_and_passwords(tmp_path: Path, authority: Authority) -> None:
         assert daemon.ends() == 0
 
 
+def grpc_export(
+    port: int, authority: Authority | None = None, identity: tuple[Path, Path] | None = None, **metadata: str
+) -> str:
+    """Export no spans over gRPC; return the status."""
+    address = f"127.0.0.1:{port}"
+    if authority is None:
+        channel = grpc.insecure_channel(address)
+    else:
+        cert, key = (None, None) if identity is None else (file.read_bytes() for file in identity)
+        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority.file.read_bytes(), key, cert))
+    with channel:
+        try:
+            TraceServiceStub(channel).Export(
+                ExportTraceServiceRequest(),
+                timeout=5,
+                metadata=[(name.replace("_", "-"), value) for name, value in metadata.items()],
+            )
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def spans_served(tmp_path: Path, web_config: str, *arguments: str) -> tuple[DaemonProcess, Callable[[], int]]:
+    """Return a daemon with listeners of their own for spans, and what says the port of gRPC."""
+    options = ("--otlp.grpc-listen-address", "127.0.0.1:0", "--otlp.listen-address", "127.0.0.1:0", *arguments)
+    daemon = served(tmp_path, web_config, *options)
+
+    def port() -> int:
+        ports = lambda: [e["port"] for e in daemon.events() if "port" in e and "over gRPC" in e["event"]]  # noqa: E731
+        return int(daemon.until("the port of gRPC", ports)[-1])
+
+    return daemon, port
+
+
+def test_spans_come_in_over_the_same_tls(tmp_path: Path, authority: Authority) -> None:
+    cert, key = authority.issue("server", "127.0.0.1")
+    daemon, port = spans_served(tmp_path, tls_section(cert, key))
+    with daemon:
+        assert grpc_export(port()) == "UNAVAILABLE"
+        assert grpc_export(port(), authority) == "OK"
+        [endpoint] = [e["endpoint"] for e in daemon.events() if e["event"] == "receiving spans"]
+        assert endpoint.startswith("https://")
+        export = ("-d", "", "-H", "Content-Type: application/x-protobuf")
+        assert curl(endpoint, *export)[0] == 0
+        assert curl(endpoint, *export, "--cacert", str(authority.file))[0] == 200
+        for url in (f"https://127.0.0.1:{port()}", endpoint.removesuffix("/v1/traces")):
+            alpn = ("-alpn", "h2") if str(port()) in url else ()
+            assert "Cipher is (NONE)" in handshake(url, "-tls1_1", "-cipher", "DEFAULT@SECLEVEL=0", *alpn)
+        # A certificate that is half written changes nothing; a whole one counts for the next connection.
+        write_anew(cert, cert.read_bytes()[:400])
+        daemon.until("the complaint", lambda: "the old one stays" in daemon.text())
+        assert grpc_export(port(), authority) == "OK"
+        authority.issue("server", "127.0.0.1")
+        address = f"https://127.0.0.1:{port()}"
+        daemon.until("the new certificate", lambda: served_serial(address, "-alpn", "h2") == serial(cert))
+        assert grpc_export(port(), authority) == "OK"
+        assert "Handshake failed" not in daemon.text()
+        daemon.assert_calm()
+
+
+def test_spans_and_client_certificates(tmp_path: Path, authority: Authority) -> None:
+    """They are asked for from a reload on, and spans stay out when gRPC cannot do what is asked."""
+    cert, key = authority.issue("server", "127.0.0.1")
+    known, other = authority.issue("known", "gateway.example"), authority.issue("other", "somebody.example")
+    daemon, port = spans_served(tmp_path, "{}")
+    with daemon:
+        daemon.until("readiness", daemon.ready)
+        assert grpc_export(port()) == "OK"
+        assert grpc_export(port(), x_forwarded_for="10.0.0.7") == "PERMISSION_DENIED"
+
+        def asks(*more: str) -> None:
+            told = len(daemon.events())
+            write_anew(tmp_path / "web.yml", tls_section(cert, key, *more).encode())
+            daemon.process.send_signal(signal.SIGHUP)
+            done = lambda: any("over gRPC" in e["event"] for e in daemon.events()[told:])  # noqa: E731
+            daemon.until("another listener", done)
+
+        asks(
+            f"client_ca_file: {authority.file}", "client_auth_type: RequireAndVerifyClientCert",
+            "client_allowed_sans: [gateway.example]",
+        )  # fmt: skip
+        assert grpc_export(port(), authority) == "UNAVAILABLE"
+        assert grpc_export(port(), authority, other) == "PERMISSION_DENIED"
+        assert grpc_export(port(), authority, known) == "OK"
+        asks("min_version: TLS13")
+        assert grpc_export(port(), authority) == "UNAVAILABLE"
+        assert "gRPC cannot be held to min_version" in daemon.text()
+        asks()
+        assert grpc_export(port(), authority) == "OK"
+        daemon.assert_calm()
+
+
+def test_a_token_is_read_again(tmp_path: Path) -> None:
+    """A Secret's volume as Kubernetes updates it; a broken one keeps the old token, in the log and the metrics."""
+    versions = {"a": "first-token", "b": "", "c": "third-token\n"}
+    for name, token in versions.items():
+        (tmp_path / f"..{name}").mkdir()
+        (tmp_path / f"..{name}" / "token").write_text(token)
+    (tmp_path / "..data").symlink_to("..a")
+    (tmp_path / "token").symlink_to("..data/token")
+
+    def swap(version: str) -> None:
+        (tmp_path / "..new").symlink_to(f"..{version}")
+        (tmp_path / "..new").replace(tmp_path / "..data")
+
+    daemon, port = spans_served(tmp_path, "{}", "--ingest.token-file", str(tmp_path / "token"))
+    with daemon:
+
+        def status(token: str) -> int:
+            return curl(daemon.url + "/v1/ledger", "-H", f"Authorization: Bearer {token}")[0]
+
+        daemon.until("readiness", daemon.ready)
+        in_force = lambda: daemon.metric("jouletrace_file_reload_success", key="ingest.token_file")  # noqa: E731
+        assert (status("first-token"), status("third-token"), in_force()) == (200, 401, {"": 1.0})
+        swap("b")
+        daemon.until("the complaint", lambda: "ingest.token_file was not reloaded" in daemon.text())
+        assert (status("first-token"), status(""), in_force()) == (200, 401, {"": 0.0})
+        swap("c")
+        daemon.until("the new token", lambda: status("third-token") == 200)
+        assert (status("first-token"), in_force()) == (401, {"": 1.0})
+        assert grpc_export(port(), authorization="Bearer first-token") == "UNAUTHENTICATED"
+        assert grpc_export(port(), authorization="Bearer third-token", x_forwarded_for="10.0.0.7") == "OK"
+        for token in versions.values():
+            assert not token or token.strip() not in daemon.text()
+        daemon.assert_calm()
+
+
 def test_client_certificates(tmp_path: Path, authority: Authority) -> None:
     cert, key = authority.issue("server", "127.0.0.1")
     known, known_key = authority.issue("known", "prometheus.example")
@@ -118,9 +249,10 @@ def serial(pem: Path) -> str:
     return done.stdout.strip()
 
 
-def served_serial(url: str) -> str:
+def served_serial(url: str, *options: str) -> str:
+    shown = handshake(url, *options)
     done = subprocess.run(
-        ["openssl", "x509", "-noout", "-serial"], input=handshake(url), capture_output=True, text=True, check=True
+        ["openssl", "x509", "-noout", "-serial"], input=shown, capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
 
@@ -146,8 +278,11 @@ def test_rotation_loses_no_scrape(tmp_path: Path, authority: Authority) -> None:
         scraper = threading.Thread(target=scrape)
         scraper.start()
         try:
-            for _ in range(3):
+            for turn in range(5):
                 before = served_serial(url)
+                if turn == 2:  # half-written, and long enough for it to be seen
+                    write_anew(cert, cert.read_bytes()[:400])
+                    daemon.until("the complaint", lambda: "was not reloaded" in daemon.text())
                 authority.issue("server", "127.0.0.1")
                 assert serial(cert) != before
                 daemon.until("the new certificate", lambda: served_serial(url) == serial(cert))
@@ -156,13 +291,13 @@ def test_rotation_loses_no_scrape(tmp_path: Path, authority: Authority) -> None:
             scraper.join(10)
         assert scrapes > 20
         assert failed == []
-        # A broken file changes nothing, and is said once.
+        # A broken file changes nothing, and is said once a time.
         good = served_serial(url)
         write_anew(cert, b"no certificate")
         kept = "the old one stays"
-        daemon.until("the complaint", lambda: kept in daemon.text())
+        daemon.until("the complaint", lambda: daemon.text().count(kept) == 2)
         time.sleep(2.5)
-        assert daemon.text().count(kept) == 1
+        assert daemon.text().count(kept) == 2
         assert served_serial(url) == good
         authority.issue("server", "127.0.0.1")
         daemon.until("recovery", lambda: "can be read again" in daemon.text())
@@ -212,6 +347,43 @@ def test_records_have_their_own_door(tmp_path: Path) -> None:
         assert curl(door + "ledger")[0] == 200
         assert curl(daemon.url + "/v1/ledger")[0] == 200
         assert curl(door.removesuffix("/v1/") + "/metrics")[0] == 404
+
+
+def test_a_unix_socket_needs_no_certificate(tmp_path: Path, authority: Authority) -> None:
+    """Its mode says who may connect; passwords and the token count there as well."""
+    cert, key = authority.issue("server", "127.0.0.1")
+    section = tls_section(
+        cert, key, f"client_ca_file: {authority.file}", "client_auth_type: RequireAndVerifyClientCert",
+        "client_allowed_sans: [prometheus.example]",
+    )  # fmt: skip
+    path = tmp_path / "web.sock"
+    with served(tmp_path, section + users(cost=4), "--web.listen-address", f"unix:{path}") as daemon:
+        daemon.until("the socket", path.exists)
+        unix = ("--unix-socket", str(path))
+        assert curl("http://localhost/-/healthy", *unix)[0] == 200
+        assert curl("http://localhost/metrics", *unix)[0] == 401
+        assert curl("http://localhost/metrics", *unix, "-u", f"prometheus:{WORD}")[0] == 200
+        status, answer = curl("http://localhost/v1/ledger", *unix, "--include")
+        assert (status, "connection: close" in answer.lower()) == (200, False)
+        assert curl("http://localhost/v1/ledger", *unix, "-H", "X-Forwarded-For: 10.0.0.7")[0] == 403
+
+
+def test_metrics_alone_on_the_network(tmp_path: Path) -> None:
+    """The node's address has metrics and health; the live page, answers and records stay on loopback."""
+    node = "127.0.0.2"  # stands for the node's address: another than the main listener's
+    with DaemonProcess(tmp_path, "--demo", "--web.metrics-listen-address", f"{node}:0") as daemon:
+        alone = "serving metrics alone"
+        [metrics] = daemon.until("the listener", lambda: [e["metrics"] for e in daemon.events() if e["event"] == alone])
+        assert metrics.startswith(f"http://{node}:")
+        status, page = curl(metrics)
+        assert (status, "jouletrace_up" in page) == (200, True)
+        base = metrics.removesuffix("/metrics")
+        assert curl(base + "/-/healthy")[0] == 200
+        for path in ("/", "/v1/live", "/-/live/live.js", "/v1/ledger", "/v1/requests", "/v1/openapi.json"):
+            assert curl(base + path)[0] == 404, path
+        for path in ("/v1/requests", "/v1/engines", "/v1/traces", "/v1/requests/a/finish"):
+            assert curl(base + path, "-d", "{}")[0] == 404, path
+        assert curl(daemon.url + "/")[0] == curl(daemon.url + "/v1/ledger")[0] == 200
 
 
 @pytest.fixture(name="prometheus")

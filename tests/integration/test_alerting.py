@@ -235,7 +235,7 @@ def test_an_alert_reaches_a_webhook_and_is_taken_back(tmp_path: Path) -> None:
     assert float(coverage["value"][1]) < 0.8
     assert f"engine recorded on {instance}" in fired["annotations"]["description"]
     assert fired["annotations"]["runbook_url"].endswith("/deploy/runbooks/JouletraceCoverageLow.md")
-    assert fired["annotations"]["dashboard"] == f"/d/jouletrace-requests?var-instance={instance}"
+    assert fired["annotations"]["dashboard"] == f"/d/jouletrace-exporter?var-instance={instance}"
     assert down["labels"]["instance"] == instance
     assert watts > 0
     assert broken == [], "a rule that real series make fail"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from tests.busy_recording import busy_recording
+from tests.certificates import Authority, write_anew
 from tests.daemon_process import DaemonProcess
 
 from jouletrace.engines.scraping import EngineScraper, Target
@@ -60,6 +62,10 @@ class Engine:
     def __init__(self) -> None:
         self.answers: dict[str, Callable[[], str | dict[str, Any] | None]] = {}
         self.asked: list[str] = []
+        self.key = ""
+        """Without it in Authorization it answers 401, where there is one."""
+        self.refused: list[str] = []
+        self.tls: ssl.SSLContext | None = None
         self.delay = 0.0
         self.url = ""
         self._runner: web.AppRunner | None = None
@@ -70,10 +76,10 @@ class Engine:
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True, ssl_context=self.tls)
         await site.start()
         self._port = self._runner.addresses[0][1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self.url = f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self._port}"
 
     async def stop(self) -> None:
         assert self._runner is not None
@@ -82,11 +88,16 @@ class Engine:
     async def _answer(self, request: web.Request) -> web.Response:
         self.asked.append(request.path_qs)
         await asyncio.sleep(self.delay)
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            self.refused.append(request.headers.get("Authorization", ""))
+            return web.Response(status=401)
         answer = self.answers.get(request.path, lambda: None)()
         if answer is None:
             return web.Response(status=404)
         if isinstance(answer, dict):
             return web.json_response(answer)
+        if answer.startswith(("http", "/")):
+            raise web.HTTPTemporaryRedirect(answer)
         return web.Response(text=answer)
 
 
@@ -129,6 +140,67 @@ def counting(start: int = 425, step: int = 10) -> Callable[[], str]:
     """vLLM's page with ten more tokens each time."""
     seen = iter(range(start, 10**9, step))
     return lambda: re.sub(r"(?m)^(vllm:generation_tokens_total\{.*\}) .*$", rf"\g<1> {next(seen)}", VLLM)
+
+
+async def test_a_redirect_is_followed_within_the_engine_alone(engine: Engine) -> None:
+    """Else a tenant's engine could have this process, which may run as root, ask others in its name."""
+    other = Engine()
+    await other.start()
+    other.answers["/metrics"] = engine.answers["/metrics/"] = counting()
+    engine.answers["/metrics"] = lambda: other.url + "/metrics"
+    sent = Sent()
+    target = Target(url=engine.url, engine_id="v", kind="vllm", path="/metrics")
+    async with scraping(scraper_of(sent, target)):
+        await until(lambda: len(engine.asked) >= 3)
+        engine.answers["/metrics"] = lambda: "/metrics/"
+        await until(lambda: sent.loads)
+    await other.stop()
+    assert other.asked == []
+
+
+def test_an_engine_behind_a_key_and_a_private_authority(tmp_path: Path) -> None:
+    """vLLM's page behind TLS and a proxy's key, in the whole daemon: rotated, broken and rotated again."""
+    authority = Authority(tmp_path)
+    cert, key_file = authority.issue("engine", "engine.example")
+    key, config = tmp_path / "key", tmp_path / "config.yml"
+    key.write_text("hunter2\n")
+
+    async def drive() -> None:
+        engine = Engine()
+        engine.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        engine.tls.load_cert_chain(cert, key_file)
+        engine.key = "hunter2"
+        engine.answers["/metrics"] = counting()
+        await engine.start()
+        config.write_text(
+            f"engines:\n  discover: false\n  targets:\n    - url: {engine.url}\n      kind: vllm\n"
+            f"      authorization: {{credentials_file: {key}}}\n"
+            f"      tls_config: {{ca_file: {authority.file}, server_name: engine.example}}\n"
+        )
+        with DaemonProcess(
+            tmp_path, "--source", f"replay:{busy_recording(tmp_path)}", "--config.file", str(config)
+        ) as d:
+            try:
+                await asyncio.to_thread(d.until, "scraping", lambda: "scraping an engine" in d.text())
+                assert engine.refused == []
+                engine.key = "hunter3"
+                await asyncio.to_thread(d.until, "refusals", lambda: "it wants a key for this page" in d.text(), 15)
+                write_anew(key, b"two words")
+                await asyncio.to_thread(d.until, "the complaint", lambda: "does not hold a token" in d.text())
+                reloads = lambda: d.metric("jouletrace_file_reload_success", key="engines.targets")  # noqa: E731
+                assert await asyncio.to_thread(reloads) == {"": 0.0}
+                write_anew(key, b"hunter3")
+                await asyncio.to_thread(d.until, "recovery", lambda: "can be read again" in d.text())
+                again = "an engine's metrics can be read again"
+                await asyncio.to_thread(d.until, "the new key", lambda: again in d.text(), 35)
+                assert await asyncio.to_thread(reloads) == {"": 1.0}
+            finally:
+                await engine.stop()
+            assert set(engine.refused) == {"Bearer hunter2"}
+            assert "hunter" not in d.text()
+            d.assert_calm()
+
+    asyncio.run(drive())
 
 
 async def test_an_engine_announces_itself_and_its_tokens_add_up(engine: Engine) -> None:
@@ -291,7 +363,8 @@ async def test_an_engine_that_a_feed_has_announced_keeps_its_id(engine: Engine) 
 async def test_another_process_on_the_port_begins_anew_and_one_that_is_gone_ends(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jouletrace.engines.scraping.DISCOVER_SECONDS", 0.05)
+    # At each round: a page of the second process must not be taken for one of the first.
+    monkeypatch.setattr("jouletrace.engines.scraping.DISCOVER_SECONDS", 0.0)
     engine.answers["/metrics"] = counting()
     found = [Target(url=engine.url, engine_id="vllm-1", kind="vllm", pid=1)]
     sent = Sent()

@@ -1,12 +1,14 @@
 """The laws file, and where an engine's devices come from."""
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from jouletrace.accounting import PlacedLedger, belongs, read_laws
+from jouletrace.accounting import PlacedLedger, belongs, payer, read_laws
 from jouletrace.config import ConfigError
 from jouletrace.energy.timeline import Timeline
 from jouletrace.requests.devices import DeviceView
@@ -105,6 +107,44 @@ def test_an_engine_is_looked_for_until_its_process_holds_a_gpu_also_after_a_rest
     answer = again.price("x")
     assert answer is not None and answer.final
     assert answer.energy_joules == pytest.approx(1000)
+
+
+def test_the_namespace_of_an_engines_pod_pays_for_requests_that_name_nobody() -> None:
+    line = Timeline(0)
+    line.extend([t * S for t in range(1, 101)], [100.0] * 100)
+    namespaces: dict[str, str] = {}
+    ledger = PlacedLedger.begin(None, Limits(), LawBook(), 0, lambda record: record, never)
+    ledger.payer = partial(payer, lambda: namespaces)
+    ledger.add_engine(EngineRecord(engine_id="e", models=("m",), pod_uid="uid", gpu_uuids=("g",)), S)
+
+    def serve(request_id: str, start: int, tenant: str | None = None) -> str | None:
+        ledger.add_request(
+            RequestRecord(
+                request_id=request_id, model="m", tenant=tenant, arrival_ns=start * S, first_token_ns=start * S
+            ),
+            start * S,
+        )
+        ledger.add_request(RequestRecord(request_id=request_id, end_ns=(start + 9) * S), (start + 9) * S)
+        ledger.settle({"g": DeviceView(line, held=True)}, (start + 10) * S)
+        answer = ledger.price(request_id)
+        return answer.tenant if answer else None
+
+    assert serve("before", 10) == ""
+    namespaces["uid"] = "team-a"
+    assert serve("after", 30) == "team-a"
+    assert serve("named", 50, "acme") == "acme"
+    # The pod's processes are gone; what comes late is still its own.
+    namespaces.clear()
+    assert serve("late", 70) == "team-a"
+
+
+def test_an_engine_is_in_a_pod_by_what_it_says_of_itself() -> None:
+    def paid(**where: Any) -> str:
+        return payer(lambda: {"uid": "team-a", "c" * 64: "team-b"}, EngineRecord(engine_id="e", **where))
+
+    assert paid(pod_uid="uid") == "team-a"
+    assert paid(container_id="c" * 64) == "team-b"
+    assert paid(pod_uid="other") == paid(pid=os.getpid()) == paid() == ""
 
 
 def test_an_engine_whose_process_is_there_bears_the_idle_energy_of_the_whole_night() -> None:

@@ -141,7 +141,8 @@ OTHER_VALUES = {
     "devices": ("1,GPU-ab", (1, "GPU-ab")),
     "log.level": ("error", "error"),
     "log.format": ("console", "console"),
-    "web.listen_address": ("127.0.0.1:1,[::1]:2", ("127.0.0.1:1", "[::1]:2")),
+    "web.listen_address": ("127.0.0.1:1,unix:/run/web.sock", ("127.0.0.1:1", "unix:/run/web.sock")),
+    "web.metrics_listen_address": ("10.0.0.5:9841", ("10.0.0.5:9841",)),
     "web.telemetry_path": ("/m", "/m"),
     "web.config.file": ("/etc/web.yml", "/etc/web.yml"),
     "ingest.listen_address": (":9842", (":9842",)),
@@ -165,6 +166,10 @@ OTHER_VALUES = {
             configuration.EngineTarget(url="https://[::1]:1"),
         ),
     ),
+    "workloads.processes": ("true", True),
+    "workloads.pods": ("true", True),
+    "workloads.pod_resources_socket": ("/kubelet.sock", "/kubelet.sock"),
+    "workloads.pod_logs_dir": ("/logs", "/logs"),
     "ledger.laws_file": ("/etc/jouletrace/laws.json", "/etc/jouletrace/laws.json"),
     "ledger.in_flight_requests": ("1000", 1000.0),
     "ledger.settled_requests": ("5000", 5000.0),
@@ -193,7 +198,9 @@ def test_other_values_name_every_key() -> None:
 def test_each_key_by_flag_variable_and_file(tmp_path: Path, name: str) -> None:
     text, value = OTHER_VALUES[name]
     key = KEYS[name]
-    flag = [f"--no-{name}"] if name in ("replay.loop", "engines.discover") else [key.flag, text]
+    flag = [key.flag, text]
+    if isinstance(value, bool):
+        flag = [key.flag] if value else [f"--no-{name}"]
     by_flag = load(None, STATE, parse_flags(*flag))
     by_variable = load(None, STATE | {key.variable: text}, None)
     assert key.value_in(by_flag) == key.value_in(by_variable) == value != key.default
@@ -421,8 +428,12 @@ PATH = "write a path such as /metrics, not under /-/"
          "write a duration from 1s to 24h"),
         # addresses and paths
         ("web: {listen_address: []}", "c.yaml:1: web.listen_address: the empty list is out of range; write a list "
-         "of host:port, [IPv6]:port or :port"),
+         "of host:port, [IPv6]:port, :port or unix:/path"),
         ("web: {listen_address: [9841]}", f"c.yaml:1: web.listen_address: 9841 is not an address; {HOSTS}"),
+        ("ingest: {listen_address: ['unix:/a']}", 'c.yaml:1: ingest.listen_address: "unix:/a" is not an address to '
+         f"listen on; {HOSTS}"),
+        ("web: {listen_address: [unix:web.sock]}", 'c.yaml:1: web.listen_address: "unix:web.sock" is not an address '
+         f"to listen on; {HOSTS}"),
         ("web: {listen_address: [localhost]}", 'c.yaml:1: web.listen_address: "localhost" is not an address to '
          f"listen on; {HOSTS}"),
         ("web: {listen_address: [':1', 'a:1']}", "c.yaml:1: web.listen_address: a:1 is already part of :1, which "
@@ -808,6 +819,36 @@ def test_engines_as_mappings(tmp_path: Path) -> None:
         configuration.EngineTarget(url="http://b:2", kind="nim", gpu_uuids=("GPU-1", "GPU-2")),
     )
     assert from_text(tmp_path, to_yaml(config)) == config
+
+
+def test_an_engine_with_a_key_and_an_authority_of_its_own(tmp_path: Path) -> None:
+    text = """engines:
+  targets:
+    - url: https://a:1
+      authorization: {credentials_file: /keys/a}
+      tls_config: {ca_file: /etc/ca.pem, server_name: engine.example}
+    - {url: "http://b:2", authorization: {type: Basic, credentials_file: /keys/b}}
+"""
+    config = from_text(tmp_path, text)
+    assert config.engines.targets == (
+        configuration.EngineTarget(
+            url="https://a:1",
+            authorization=configuration.EngineAuthorization(credentials_file="/keys/a"),
+            tls_config=configuration.EngineTlsConfig(ca_file="/etc/ca.pem", server_name="engine.example"),
+        ),
+        configuration.EngineTarget(
+            url="http://b:2",
+            authorization=configuration.EngineAuthorization(type="Basic", credentials_file="/keys/b"),
+        ),
+    )
+    assert from_text(tmp_path, to_yaml(config)) == config
+    # A key stands in a file of its own, so that no printed configuration shows it.
+    assert "is not an engine" in refusal(
+        tmp_path, "engines:\n  targets: [{url: 'http://a:1', authorization: {credentials: x}}]\n"
+    )
+    assert "has a tls_config, which http does not use" in refusal(
+        tmp_path, "engines:\n  targets: [{url: 'http://a:1', tls_config: {insecure_skip_verify: true}}]\n"
+    )
 
 
 @pytest.mark.parametrize("item", ["{url: 3}", "[1]", "http://x/metrics", "{url: 'http://a', kind: foo}", "{urk: a}"])

@@ -50,7 +50,7 @@ ALERT_NAMES = sorted({alert["alert"] for alert in ALERTS})
 def test_a_recorded_name_says_its_labels(name: str) -> None:
     prefix, level, _, operation = name.split(":")
     assert prefix == "jouletrace"
-    assert re.fullmatch(r"rate\d+[mhd]|ratio_rate\d+[mhd]|count|sum|ratio", operation)
+    assert re.fullmatch(r"rate\d+[mhd]|ratio_rate\d+[mhd]|count|sum|min|max|ratio", operation)
     labels = set() if level == "fleet" else set(level.split("_"))
     for label in tuple(labels):
         labels |= IMPLIED.get(label, set())

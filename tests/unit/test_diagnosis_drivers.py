@@ -1,12 +1,13 @@
+import dataclasses
 import itertools
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from jouletrace.diagnosis.drivers import (
     MOST_FACTOR,
@@ -139,7 +140,7 @@ def test_a_lower_limit_makes_no_byte_cheaper() -> None:
     assert capped.board_limit_watts == 700.0
     assert model_of(capped.name, capped.board_limit_watts) == model_of(capped.name, 700.0)
     # Where the driver does not tell, the enforced limit is all there is.
-    assert replace(capped, default_power_limit_watts=None).board_limit_watts == 400.0
+    assert dataclasses.replace(capped, default_power_limit_watts=None).board_limit_watts == 400.0
 
 
 def test_a_span_with_garbage_teaches_nothing() -> None:

@@ -84,6 +84,20 @@ def test_joules_by_driver_and_by_verdict_are_the_device_joules(
         assert list(joules) == sorted(joules)
 
 
+def test_what_power_went_to_lately_is_the_energy_of_that_time(
+    whole: tuple[Replayed, list[DiagnosisSnapshot]],
+) -> None:
+    node, seen = whole
+    [live] = node.sampler.live_devices()
+    recent = seen[-1].devices[0].recent
+    # Over a minute, without gaps, and no more than that is kept.
+    assert 60 * S < recent[-1].end_ns - recent[0].start_ns < 120 * S
+    assert [span.start_ns for span in recent[1:]] == [span.end_ns for span in recent[:-1]]
+    for span in recent:
+        joules = live.timeline.window(span.start_ns, span.end_ns).joules
+        assert sum(span.watts.values()) * (span.end_ns - span.start_ns) / S == pytest.approx(joules, rel=1e-6)
+
+
 def test_energy_is_booked_under_the_verdict_of_its_own_time(
     whole: tuple[Replayed, list[DiagnosisSnapshot]],
 ) -> None:

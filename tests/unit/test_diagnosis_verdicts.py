@@ -1,10 +1,10 @@
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from jouletrace.diagnosis.signals import ActiveSource, DeviceSignals
 from jouletrace.diagnosis.verdicts import Flag, Hysteresis, Judgement, Thresholds, Verdict, judge

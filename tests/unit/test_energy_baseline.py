@@ -93,7 +93,6 @@ def test_nothing_is_learnt_from_a_few_windows_or_just_after_work() -> None:
     [
         {"busiest_ratio": 0.02},
         {"busiest_ratio": None},
-        {"requests": True},
         {"context": None},
     ],
 )

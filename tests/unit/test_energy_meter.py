@@ -446,6 +446,43 @@ def test_a_counter_reading_that_comes_twice_or_late_changes_nothing() -> None:
     assert meter.agreement_ratio == pytest.approx(1, abs=0.03)
 
 
+def polled(meter: Meter, start_s: int, end_s: int, *, gain: float) -> None:
+    """Poll a GPU of 300 W by a sensor that is off by a gain, 100 times a second, and its exact counter every 10 s."""
+    for number in range(start_s * 100, end_s * 100):
+        t_ns = START_NS + number * 10 * MS
+        meter.add_power(PowerReading(t_ns, round(300_000 * gain), round(300_000 * gain)))
+        if number % 1000 == 500:
+            # It moves each 100 ms: what it shows is that much older at most.
+            meter.add_counter(CounterReading(t_ns, 300_000 * (number // 10) // 10, 4 * MS))
+
+
+@pytest.mark.parametrize("source", [EnergySource.POWER_POLLING, EnergySource.POWER_AVERAGE])
+def test_polled_power_is_compared_with_the_counter(source: EnergySource) -> None:
+    meter = Meter(source, limit_watts=LIMIT, architecture="ada")
+    polled(meter, 0, 40, gain=1.04)
+    assert meter.agreement_ratio == pytest.approx(1.04, abs=0.005)
+
+
+def test_a_change_of_sensor_compares_anew_and_still_knows_the_counter() -> None:
+    bench, meter = Bench(), Meter(EnergySource.POWER_RING, limit_watts=LIMIT, architecture="ada")
+    for _ in bench.seconds(meter, 60):
+        pass
+    shown_mj = bench.reading(bench.at(53)).energy_mj
+    assert meter.agreement_ratio == pytest.approx(1, abs=0.03)
+    meter.change_source(EnergySource.POWER_POLLING)
+    assert meter.agreement_ratio is None
+    for number in range(3200):
+        t_ns = bench.at(60) + number * 10 * MS
+        meter.add_power(PowerReading(t_ns, 300_000))
+        if number == 500:
+            # Garbage is told from the counter by what it showed before.
+            meter.add_counter(CounterReading(t_ns, 0, 4 * MS))
+        elif number % 1000 == 900:
+            meter.add_counter(CounterReading(t_ns, shown_mj + 7_000_000 + 300 * number // 10 * 100, 4 * MS))
+    assert (meter.counter_resets, meter.rejected_samples) == (0, 1)
+    assert meter.agreement_ratio == pytest.approx(1, abs=0.01)
+
+
 def test_highest_power_of_the_last_minute() -> None:
     bench, meter = Bench(), Meter(EnergySource.POWER_RING, limit_watts=LIMIT)
     assert meter.power_max_watts is None

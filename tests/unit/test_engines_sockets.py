@@ -19,11 +19,12 @@ from structlog.testing import capture_logs
 
 from jouletrace.clock import SystemClock
 from jouletrace.engines import sockets
-from jouletrace.engines.sockets import DatagramServer, SocketError, StreamServer
+from jouletrace.engines.sockets import DatagramServer, StreamServer
 from jouletrace.requests.admission import Admission
 from jouletrace.requests.decoding import Check
 from jouletrace.requests.inbox import Events, Inbox
 from jouletrace.requests.records import EngineRecord, Record, RequestRecord
+from jouletrace.unix_sockets import MODES
 
 A = b'{"record":"request","request_id":"a"}\n'
 
@@ -281,44 +282,10 @@ async def test_datagrams_that_cannot_be_taken_are_counted(tmp_path: Path, monkey
 async def test_who_may_write(tmp_path: Path, access: str, mode: int) -> None:
     servers = StreamServer(Inbox()), DatagramServer(Inbox())
     for server, name in zip(servers, ("s", "d"), strict=True):
-        await server.start(tmp_path / name, sockets.MODES[access])
+        await server.start(tmp_path / name, MODES[access])
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
         await server.stop()
         assert not (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-async def test_a_socket_that_was_left_behind_is_replaced(tmp_path: Path, kind: socket.SocketKind) -> None:
-    left = socket.socket(socket.AF_UNIX, kind)
-    left.bind(str(tmp_path / "s"))
-    left.close()
-    inbox = Inbox()
-    async with stream(tmp_path / "s", inbox):
-        await sent(tmp_path / "s", A)
-        await arrived(inbox, "stream", 1)
-
-
-@pytest.mark.parametrize("server", [StreamServer, DatagramServer])
-async def test_a_socket_in_use_is_left_alone(tmp_path: Path, server: type[StreamServer | DatagramServer]) -> None:
-    inbox = Inbox()
-    async with stream(tmp_path / "s", inbox):
-        with pytest.raises(SocketError, match="somebody does already, perhaps another jouletrace"):
-            await server(Inbox()).start(tmp_path / "s")
-        await sent(tmp_path / "s", A)
-        await arrived(inbox, "stream", 1)
-
-
-async def test_what_else_can_be_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("precious")
-    cases = {
-        tmp_path / "file": "there is a file that is not a socket",
-        tmp_path / "no" / "s": "no does not exist; create it",
-        tmp_path / ("x" * 120): "longer than the 107 bytes",
-    }
-    for path, reason in cases.items():
-        with pytest.raises(SocketError, match=reason):
-            await StreamServer(Inbox()).start(path)
-    assert (tmp_path / "file").read_text() == "precious"
 
 
 def admission(inbox: Inbox) -> Callable[[], Check]:

@@ -384,6 +384,31 @@ def test_health(simulate: NodeFactory) -> None:
     assert [p.pid for p in health.processes] == [101]
 
 
+def test_sm_shares_of_processes_that_share_a_gpu_and_of_one_that_has_just_ended(simulate: NodeFactory) -> None:
+    processes = [Process(101, 500, sm_percent=60), Process(202, 700, sm_percent=20, to_s=50.05)]
+    node = simulate(Device(processes=processes, power=Constant(300)))
+    device = opened(node)
+    node.shim.advance(10)
+    health = device.health()
+    assert health.sm_ratios == {101: 0.6, 202: 0.2}
+    assert health.processes is not None
+    assert [(p.pid, p.sm_ratio) for p in health.processes] == [(101, 0.6), (202, 0.2)]
+    # The list by itself costs a tenth: without shares.
+    calls = node.shim.call_count("nvmlDeviceGetProcessUtilization")
+    listed = device.processes()
+    assert listed is not None
+    assert [(p.pid, p.memory_bytes, p.sm_ratio) for p in listed] == [(101, 500 << 20, None), (202, 700 << 20, None)]
+    assert node.shim.call_count("nvmlDeviceGetProcessUtilization") == calls
+    # The last sample before now ends up to 200 ms ago, when both still ran.
+    node.shim.advance(40.06)
+    health = device.health()
+    assert health.processes is not None
+    assert [p.pid for p in health.processes] == [101]
+    assert health.sm_ratios == {101: 0.6, 202: 0.2}
+    node.shim.advance(10)
+    assert device.health().sm_ratios == {}, "a GPU of one process needs no shares"
+
+
 def test_garbage_is_absent(simulate: NodeFactory) -> None:
     calls = (
         "nvmlDeviceGetClockInfo",

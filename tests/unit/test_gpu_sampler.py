@@ -169,6 +169,41 @@ def test_tiers_run_at_their_rates(simulate: NodeFactory) -> None:
             assert times <= grown <= times + 2 or (call.endswith("_v3") and grown <= 2 * (times + 2)), (call, gpu)
 
 
+def test_processes_are_listed_by_themselves_where_that_is_wanted(simulate: NodeFactory) -> None:
+    """Who is there is known within a second, with the SM shares of the last health reading."""
+    processes = [Process(77, 2000, sm_percent=50, from_s=20), Process(88, 2000, sm_percent=30, from_s=20, to_s=33)]
+    node = simulate(Device(processes=processes)).begin(Intervals(health=10.0, processes=1.0))
+    seen: dict[int, tuple[list[int], list[float | None]]] = {}
+    for second in range(1, 40):
+        node.run(1)
+        [device] = node.sampler.live_devices()
+        assert device.processes is not None
+        assert device.processes_ns is not None
+        assert node.clock.now_ns() - device.processes_ns < 1.1 * NS
+        seen[second] = ([one.pid for one in device.processes], [one.sm_ratio for one in device.processes])
+    assert seen[19] == ([], [])
+    assert seen[22][0] == seen[32][0] == [77, 88]
+    assert seen[32][1] == [0.5, 0.3]
+    assert seen[35][0] == [77]
+
+
+def test_a_list_that_fails_is_not_the_list_before(simulate: NodeFactory, tmp_path: Path) -> None:
+    control = tmp_path / "control"
+    node = simulate(Device(processes=[Process(77, 2000)]), control=control).begin(Intervals(processes=1.0))
+    node.run(3)
+    write_control(control, [Fault.error("nvmlDeviceGetComputeRunningProcesses_v3", 999)])
+    node.shim.poll_control()
+    node.run(20)
+    [device] = node.sampler.live_devices()
+    assert (device.processes, device.processes_ns) == (None, None)
+    assert "processes reads fail" in node.gpu().problem
+    write_control(control)
+    node.shim.poll_control()
+    node.run(3)
+    [device] = node.sampler.live_devices()
+    assert [one.pid for one in device.processes or ()] == [77]
+
+
 def test_devices_take_turns(simulate: NodeFactory) -> None:
     """Not all rings are read in one go: a scrape in between always sees some that are half an interval younger."""
     node = simulate(*[Device() for _ in range(8)]).begin()
@@ -187,6 +222,16 @@ def test_devices_take_turns(simulate: NodeFactory) -> None:
     moments = {times[-1] for times in read_ns}
     assert len(moments) >= 2
     assert all(np.diff(times).max() < 1.01 * NS for times in read_ns)
+
+
+def test_the_thread_wakes_as_often_as_activity_is_read_however_many_devices_there_are(simulate: NodeFactory) -> None:
+    node = simulate(*(Device() for _ in range(8))).begin()
+    node.run(2)
+    end_ns, wakes, never = node.clock.now_ns() + 20 * NS, 0, threading.Event()
+    while (next_ns := node.sampler.run_due()) < end_ns:
+        node.clock.wait(next_ns, never)
+        wakes += 1
+    assert wakes == pytest.approx(2 * 20, abs=1)
 
 
 def test_a_late_tier_skips_what_it_missed(simulate: NodeFactory) -> None:
@@ -564,16 +609,31 @@ def test_work_is_told_from_rest_with_whatever_there_is(
     ).begin()
     node.run(80)
     [live] = node.sampler.live_devices()
-    ends_ns = [end_ns for end_ns, _ in live.activities]
+    ends_ns = live.busy_ends_ns.tolist()
     assert ends_ns == sorted(set(ends_ns))
     # All of the time is known, but for what the newest reading leaves.
     assert max(np.diff([START_NS, *ends_ns, START_NS + 80 * NS])) < 3 * NS
-    for end_ns, ratio in live.activities:
+    for end_ns, ratio in zip(ends_ns, live.busy_ratios.tolist(), strict=True):
         second = (end_ns - START_NS) / NS
         if busy_from + 2.5 < second < busy_until:
             assert ratio > 0.5, second
         elif second < busy_from or second > busy_until + 2.5:
             assert ratio <= 0.01, second
+
+
+def test_activity_of_the_last_quarter_hour_is_kept_whole(simulate: NodeFactory) -> None:
+    node = simulate(Device(gpm={"sm_util": (80.0, 0.0)})).begin(Intervals(activity=0.5))
+    earlier = np.empty(0, np.int64)
+    for _ in range(3):
+        node.run(800)
+        [live] = node.sampler.live_devices()
+        recent = live.busy_ends_ns[live.busy_ends_ns > node.clock.now_ns() - 900 * NS]
+        assert np.diff(recent).max() < 0.6 * NS
+        assert recent[-1] > node.clock.now_ns() - NS
+        # What somebody still holds does not change.
+        assert (np.diff(earlier) > 0).all()
+        earlier = live.busy_ends_ns
+    assert len(live.busy_ratios) == len(live.busy_ends_ns) < 2400
 
 
 def test_levels_of_before_are_known_from_the_start(simulate: NodeFactory) -> None:

@@ -1,24 +1,36 @@
+import math
 import os
 import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.parser import text_string_to_metric_families as parse_text
-from tests.snapshots import NOW_NS, diagnosis_snapshot, events, full_device, ledger_snapshot, node_snapshot
+from tests.snapshots import (
+    NOW_NS,
+    diagnosis_snapshot,
+    events,
+    full_device,
+    ledger_snapshot,
+    node_snapshot,
+    workload_snapshot,
+)
 
 from jouletrace.engines.otlp.tee import Drop, TeeCounts
 from jouletrace.metrics import names
 from jouletrace.metrics.device import device_collectors
 from jouletrace.metrics.diagnosis import diagnosis_collectors
-from jouletrace.metrics.exporter import BuildCollector, Exporter, SamplerCollector, SourceCollector
+from jouletrace.metrics.exporter import BuildCollector, Exporter, ReloadCollector, SamplerCollector, SourceCollector
 from jouletrace.metrics.exposition import render
 from jouletrace.metrics.ledger import ledger_collectors
 from jouletrace.metrics.otlp import TeeCollector
+from jouletrace.metrics.workloads import WorkloadCollector
 
 GOLDEN = Path("tests/golden")
 OPENMETRICS = "application/openmetrics-text;version=1.0.0"
@@ -40,6 +52,16 @@ def parse_openmetrics(text: str) -> Iterable[Metric]:
     return families
 
 
+@dataclass(frozen=True, eq=False)
+class Families:
+    """A collector of what it is given."""
+
+    families: tuple[Metric, ...]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
 @pytest.fixture(name="registry")
 def fixture_registry() -> CollectorRegistry:
     """Everything but the process's own metrics, whose values nobody can fix."""
@@ -50,8 +72,10 @@ def fixture_registry() -> CollectorRegistry:
         *ledger_collectors(ledger_snapshot, events),
         TeeCollector(lambda: TeeCounts(120, dict(zip(Drop, (7, 2, 1, 3), strict=True)), 4096)),
         *diagnosis_collectors(diagnosis_snapshot, ledger_snapshot),
+        WorkloadCollector(workload_snapshot),
         SourceCollector(),
         SamplerCollector(),
+        ReloadCollector(lambda: {"web.config.file": True, "ingest.token_file": False, "engines.targets": True}),
     )
     exporter = Exporter(
         node_snapshot,
@@ -71,6 +95,19 @@ def test_the_whole_exposition_is_the_golden_one(registry: CollectorRegistry, acc
     if os.environ.get("JOULETRACE_UPDATE_GOLDEN") == "1":
         (GOLDEN / file).write_bytes(body)
     assert body.decode() == (GOLDEN / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS, PROMETHEUS_3, f"{OPENMETRICS};escaping=dots"])
+def test_lines_are_those_of_prometheus_client(registry: CollectorRegistry, accept: str) -> None:
+    odd = GaugeMetricFamily("odd", 'Help with a \\, a "quote"\nand a line.', labels=("b", "a"))
+    for number, value in enumerate((0.0, -0.0, 1e15, 123456789.5, 5e-324, math.inf, -math.inf, math.nan, 7)):
+        odd.add_metric((f'\\ "{number}"\nü', ""), value)
+    examples = CounterMetricFamily("examples", "With exemplars.")
+    examples.add_metric((), 1, exemplar=Exemplar({"trace_id": 'a"b'}, 0.5))
+    examples.add_metric((), 2, exemplar=Exemplar({}, 1e9, 1_700_000_000.25))
+    registry.register(Families((odd, examples)))
+    encode, content_type = choose_encoder(accept)
+    assert render(registry, accept) == (encode(registry), content_type)
 
 
 @pytest.mark.parametrize("metric", names.ALL, ids=lambda metric: metric.name)
@@ -161,5 +198,10 @@ def test_promtool_finds_nothing_to_say() -> None:
 
 def test_a_device_costs_ninety_series() -> None:
     text = (GOLDEN / "metrics.txt").read_text(encoding="utf-8")
-    series = [line for line in text.splitlines() if f'uuid="{full_device(0).info.uuid}"' in line]
+    on_demand = tuple(metric.name for metric in names.WORKLOADS)
+    series = [
+        line
+        for line in text.splitlines()
+        if f'uuid="{full_device(0).info.uuid}"' in line and not line.startswith(on_demand)
+    ]
     assert len(series) == 90

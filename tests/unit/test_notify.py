@@ -77,6 +77,7 @@ def test_sockets_are_told_apart_by_name_and_type(monkeypatch: pytest.MonkeyPatch
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
         socket.socket(socket.AF_INET, socket.SOCK_STREAM),
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM),
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM),
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
     ]
     # Numbers in a row that nobody has, in the place of 3 and on, which pytest has.
@@ -85,18 +86,19 @@ def test_sockets_are_told_apart_by_name_and_type(monkeypatch: pytest.MonkeyPatch
         os.dup2(sock.fileno(), first + number, inheritable=True)
         sock.close()
     monkeypatch.setattr("jouletrace.notify.FIRST_SOCKET", first)
-    variables = {"LISTEN_FDS": "4", "LISTEN_PID": "7", "LISTEN_FDNAMES": "ingest:metrics:ingest:metrics", "HOME": "/"}
+    names = "ingest:metrics:ingest:metrics:metrics"
+    variables = {"LISTEN_FDS": "5", "LISTEN_PID": "7", "LISTEN_FDNAMES": names, "HOME": "/"}
     with capture_logs() as logs:
         passed = passed_sockets(variables, 7)
     assert variables == {"HOME": "/"}
     assert passed.datagram is not None
     assert passed.stream is not None
-    numbers = [sock.fileno() for sock in (passed.datagram, *passed.metrics, passed.stream)]
-    assert numbers == [first, first + 1, first + 2]
+    numbers = [sock.fileno() for sock in (passed.datagram, passed.stream, *passed.metrics)]
+    assert numbers == [first, first + 2, first + 1, first + 3]
     assert not any(os.get_inheritable(number) for number in numbers)
     [warning] = logs
     assert (warning["name"], warning["type"]) == ("metrics", "SOCK_DGRAM")
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(first + 3)
+        os.fstat(first + 4)
     for sock in (passed.datagram, *passed.metrics, passed.stream):
         sock.close()

@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -117,11 +118,11 @@ async def served(*rounds: dict[str, Any], status: int = 200, port: str = "0") ->
 def test_the_screen_has_what_the_page_has() -> None:
     text = screen(seen())
     for part in (
-        "431 W of 700 W, 1 GPU, 17 requests in flight",
-        "requests 80 kJ, idle bare 5.01 kJ parked 7.5 kJ, unattributed 7 kJ, waste 12.3 kJ",
+        "431 W of 700 W, 1 GPU, 17 requests in flight, waste 12.3 kJ",
+        "requests 80 kJ, idle bare 5.01 kJ parked 7.5 kJ, unattributed 7 kJ",
         "memory bound 95 %",
         "for 60 s: while active, memory is at 61 % of its peak",
-        "power capped",
+        "idle bare 79 W parked 122 W, idle energy bare 5 kJ parked 7.5 kJ",
         "tensor 72 W",
         "dram intensity ratio 0.61",
         "waste parked 12.3 kJ",
@@ -161,6 +162,23 @@ def test_eight_gpus_fit_a_small_terminal() -> None:
     assert len(text.splitlines()) <= 24
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_neither_flags_nor_waste_nor_that_what_is_shown_is_old(width: int) -> None:
+    text = screen(seen(), width, 24, problem=f"Old, trying again in 3 s: {'x' * 200}", has_keys=True)
+    assert "power capped" in text
+    assert "Old, trying again in 3 s" in text
+    assert "waste 12.3 kJ" in text
+
+
+def test_before_anything_is_known_nothing_is_0() -> None:
+    known = seen()
+    account = {**known.node["account"], "settled_ms": None, "wasted_joules": {}, "attributed_joules": 0.0}
+    known.node = {**known.node, "account": account, "devices": []}
+    text = screen(known)
+    assert "no power known, waste 0 J" in text
+    assert "requests 0 J" not in text
+
+
 def test_ascii_terminals_get_ascii() -> None:
     text = screen(seen(), encoding="ascii")
     [line] = [line for line in text.splitlines() if "GPU 0" in line]
@@ -198,6 +216,12 @@ def test_a_trace_goes_on_and_forgets() -> None:
     assert len(known.traces[uuid]) == 3001
     assert known.traces[uuid][-1] == (NOW_MS + 1000, 50)
     assert sum(watts == 50 for _, watts in known.traces[uuid]) == 50
+
+
+def test_of_what_nobody_knows_nothing_is_drawn() -> None:
+    known = top.Seen()
+    known.take("trace", {"a": {"start_ms": 0, "steps_ms": [1000, 8000, 1000], "watts": [300, None, 300]}})
+    assert list(known.traces["a"]) == [(1000, 300), (10_000, 300)]
 
 
 async def run_top(*arguments: str) -> tuple[int, str, str]:
@@ -252,8 +276,45 @@ async def test_what_goes_wrong_is_one_sentence() -> None:
 def test_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["top"]) == 1
     assert "top needs a terminal; in a script use --once, --json or both" in capsys.readouterr().err
-    assert main(["top", "--once", "--token-file", str(tmp_path / "no")]) == 1
-    assert "cannot be read (No such file or directory)" in capsys.readouterr().err
+    word = tmp_path / "word"
+    word.write_text("s3cret\n")
+    for arguments, problem in {
+        ("--token-file", "/no"): "--token-file: /no cannot be read (No such file or directory)",
+        ("--user", "ops"): "--user and --password-file go together",
+        ("--user", "ops", "--password-file", str(word), "--token-file", str(word)): "exclude each other",
+        ("https://n:1", "--ca-file", str(word)): f"--ca-file: {word} cannot be used",
+        ("https://n:1", "--ca-file", "/no"): "--ca-file: /no cannot be used (No such file or directory)",
+        ("https://n:1", "--cert-file", str(word)): f"--key-file: {word} cannot be used",
+        ("https://n:1", "--key-file", str(word)): "--key-file goes with --cert-file",
+        ("http://n:1", "--ca-file", str(word)): "are for a URL that begins with https://",
+        ("unix:/run/web.sock", "--cert-file", str(word)): "are for a URL that begins with https://",
+        ("node-7:9841",): "node-7:9841: is not where a daemon can be; write http://HOST:PORT",
+        ("https://ops:s3cret@n:1",): "n:1: is not where a daemon can be",
+    }.items():
+        assert main(["top", "--once", *arguments]) == 2, arguments
+        told = capsys.readouterr().err
+        assert problem in told
+        assert "s3cret" not in told
+
+
+def test_without_an_address_a_socket_that_listens_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "web.sock"
+    monkeypatch.setattr(top, "DEFAULT_SOCKET", path)
+    assert top.find_target(None).name == "http://127.0.0.1:9841"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        # Nobody listens there any more.
+        assert top.find_target(None).socket is None
+        sock.listen()
+        assert top.find_target(None).socket == path
+
+
+def test_secrets_are_not_in_what_a_traceback_shows(tmp_path: Path) -> None:
+    (tmp_path / "word").write_text("s3cret")
+    target = top.find_target("http://n:1", user="ops", password_file=tmp_path / "word")
+    # RFC 7617 section 2: base64("ops:s3cret").
+    assert target.headers == {"Authorization": "Basic b3BzOnMzY3JldA=="}
+    assert "b3BzOnMzY3JldA" not in repr(target)
 
 
 class Terminal:

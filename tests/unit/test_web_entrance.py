@@ -28,19 +28,39 @@ def test_names_of_this_machine(host: str, is_ours: bool) -> None:
 
 def test_without_a_token_the_address_decides() -> None:
     entrance = Entrance(token=None, max_body_bytes=1)
-    assert entrance.stranger("127.0.0.1", "") is None
-    refusal = entrance.stranger("10.0.0.1", f"Bearer {WORD}")
+    assert entrance.stranger("127.0.0.1", {}) is None
+    refusal = entrance.stranger("10.0.0.1", {"authorization": f"Bearer {WORD}"})
     assert refusal is not None
     assert refusal.status == 403
+
+
+@pytest.mark.parametrize("name", ["forwarded", "via", "x-forwarded-for", "x-real-ip"])
+def test_who_asks_a_proxy_on_this_machine_may_be_anywhere(name: str) -> None:
+    entrance = Entrance(token=None, max_body_bytes=1)
+    refusal = entrance.stranger("127.0.0.1", {name: "127.0.0.1"})
+    assert refusal is not None
+    assert (refusal.status, "proxy" in refusal.message) == (403, True)
+    assert Entrance(token=WORD, max_body_bytes=1).stranger("127.0.0.1", {name: "x"} | bearer(WORD)) is None
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
 
 
 @pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer wrong", f"Basic {WORD}", WORD, "Bearer s3cret\udcff"])
 def test_with_a_token_nothing_else_does(authorization: str) -> None:
     entrance = Entrance(token=WORD, max_body_bytes=1)
-    assert entrance.stranger("10.0.0.1", f"bearer  {WORD} ") is None
-    refusal = entrance.stranger("127.0.0.1", authorization)
+    assert entrance.stranger("10.0.0.1", {"authorization": f"bearer  {WORD} "}) is None
+    refusal = entrance.stranger("127.0.0.1", {"authorization": authorization})
     assert refusal is not None
     assert refusal.status == 401
+
+
+def test_another_token_counts_at_once() -> None:
+    entrance = Entrance(token=WORD, max_body_bytes=1)
+    entrance.use_token("other")
+    assert entrance.stranger("10.0.0.1", bearer("other")) is None
+    assert entrance.stranger("127.0.0.1", bearer(WORD)) is not None
 
 
 def test_what_a_body_holds_is_counted_once_unless_it_was_packed() -> None:

@@ -20,7 +20,15 @@ from jouletrace.requests.account import Method, RequestEnergy
 from jouletrace.requests.records import Status
 from jouletrace.snapshot import DeviceSnapshot, DeviceStatus
 from jouletrace.web.health import Readiness
-from jouletrace.web.live.document import Moment, encode, node_document, requests_document, trace, traces
+from jouletrace.web.live.document import (
+    Moment,
+    driver_pieces,
+    encode,
+    node_document,
+    requests_document,
+    trace,
+    traces,
+)
 
 MS = 1_000_000
 START_NS = NOW_NS
@@ -92,6 +100,26 @@ def test_thinning_out_keeps_the_energy(step_ns: int) -> None:
     assert piece["start_ms"] + sum(piece["steps_ms"]) == pytest.approx(until_ns / MS, abs=1)
 
 
+@pytest.mark.parametrize("step_ns", [MS, 20 * MS])
+def test_a_time_of_which_nobody_knows_has_no_power(step_ns: int) -> None:
+    timeline = ring([300.0] * 1000, step_ns)
+    blind_ns = timeline.end_ns + 8 * SECOND_NS
+    # As the meter books it: nothing, and up to the limit above it.
+    timeline.extend([blind_ns], [0.0], below=[0.0], above=[5600.0])
+    timeline.extend(blind_ns + step_ns * np.arange(1, 1001), np.full(1000, 300.0 * step_ns / 1e9))
+    piece, _ = trace(timeline, 0, CLOCK)
+    assert piece is not None
+    assert set(piece["watts"]) == {300, None}
+    [blind] = [ms for ms, watts in zip(piece["steps_ms"], piece["watts"], strict=True) if watts is None]
+    assert blind == pytest.approx(8000, abs=1)
+
+
+def test_a_short_time_without_power_is_what_was_measured() -> None:
+    piece, _ = trace(ring([100.0, 0.0, 100.0]), 0, CLOCK)
+    assert piece is not None
+    assert piece["watts"] == [100, 0, 100]
+
+
 def test_the_history_ends_with_the_window() -> None:
     timeline = ring([150.0] * 50 * 90)
     content, _ = traces([("a", timeline)], {}, timeline.end_ns, CLOCK)
@@ -104,13 +132,27 @@ def test_times_are_the_wall_clocks() -> None:
     assert piece["start_ms"] == pytest.approx(START_NS / MS + 1000, abs=1)
 
 
+def test_drivers_go_back_as_far_as_the_window_and_then_on_from_what_was_sent() -> None:
+    found = diagnosis_snapshot().devices[0]
+    told, until_ns = driver_pieces([found], {}, NOW_NS, CLOCK)
+    piece = told[found.uuid]
+    # Spans of a second, the newest of which has ended a second ago.
+    assert piece["ends_ms"] == [piece["ends_ms"][0] + 1000 * place for place in range(59)]
+    assert piece["starts_ms"][1:] == piece["ends_ms"][:-1]
+    assert piece["ends_ms"][-1] == pytest.approx(NOW_NS / MS - 1000, abs=1)
+    assert sum(watts[-1] for watts in piece["watts"].values()) == pytest.approx(6 * (71.875 - 1 / 8), abs=0.5)
+    assert driver_pieces([found], until_ns, NOW_NS, CLOCK) == ({}, {})
+    sent_ns = {found.uuid: NOW_NS - 3 * SECOND_NS}
+    told, _ = driver_pieces([found], sent_ns, NOW_NS, CLOCK)
+    assert [len(watts) for watts in told[found.uuid]["watts"].values()] == [2] * 6
+
+
 def test_a_device_that_can_be_read() -> None:
     [device] = document(full_device(0))["devices"]
     assert (device["state"], device["watts"], device["limit_watts"], device["age_seconds"]) == ("ok", 431.25, 700, 0.8)
     assert device["verdict"]["verdict"] == "memory_bound"
     assert device["verdict"]["flags"] == ["power_capped"]
     assert sum(device["drivers"]["watts"].values()) == pytest.approx(431.25, abs=0.1)
-    assert device["drivers"]["joules"]["static"] == 1000.5
     assert device["idle_joules"] == {"bare": 5_000, "parked": 7_500}
     assert device["wasted_joules"] == {"parked": 12_345.5}
 

@@ -120,22 +120,27 @@ async def take(stream: AsyncIterator[tuple[str, Any]], count: int) -> list[tuple
 
 async def test_the_first_round_is_whole_and_the_others_go_on_from_it() -> None:
     async with Rig().serving() as rig, rig.viewer() as stream:
-        told = await take(stream, 10)
-    assert [name for name, _ in told] == ["hello", *("trace", "node", "requests") * 3]
+        told = await take(stream, 13)
+    assert [name for name, _ in told] == ["hello", *("trace", "drivers", "node", "requests") * 3]
     assert told[0][1]["requests_refused"] is None
     pieces = [data[rig.device.uuid] for name, data in told if name == "trace"]
     # Two more viewers' worth of looks do not matter: each piece begins where the last one ended.
     ends = [piece["start_ms"] + sum(piece["steps_ms"]) for piece in pieces]
     assert [piece["start_ms"] for piece in pieces[1:]] == ends[:-1]
     assert [piece["watts"] for piece in pieces[1:]] == [[2] * 50, [3] * 50]
+    # What power went to, too: a minute of it at once, and the same span never twice.
+    drivers = [data for name, data in told if name == "drivers"]
+    assert drivers[0][rig.device.uuid]["watts"]["tensor"][-1] == pytest.approx(71.9, abs=0.2)
+    assert len(drivers[0][rig.device.uuid]["ends_ms"]) == 59
+    assert drivers[1:] == [{}, {}]
 
 
 async def test_a_second_viewer_gets_the_history_and_takes_nothing_from_the_first() -> None:
     async with Rig().serving() as rig, rig.viewer() as first:
-        seen = [data[rig.device.uuid] for name, data in await take(first, 10) if name == "trace"]
+        seen = [data[rig.device.uuid] for name, data in await take(first, 13) if name == "trace"]
         async with rig.viewer() as second:
             whole = (await take(second, 2))[1][1][rig.device.uuid]
-            seen += [data[rig.device.uuid] for name, data in await take(first, 9) if name == "trace"]
+            seen += [data[rig.device.uuid] for name, data in await take(first, 12) if name == "trace"]
     ends = [piece["start_ms"] + sum(piece["steps_ms"]) for piece in seen]
     assert [piece["start_ms"] for piece in seen[1:]] == ends[:-1]
     assert whole["start_ms"] == seen[0]["start_ms"]
@@ -145,15 +150,15 @@ async def test_a_second_viewer_gets_the_history_and_takes_nothing_from_the_first
 async def test_requests_are_for_the_entitled() -> None:
     async with Rig(token=WORD).serving() as rig:
         async with rig.viewer() as stream:
-            told = await take(stream, 7)
-            assert [name for name, _ in told] == ["hello", *("trace", "node") * 3]
+            told = await take(stream, 10)
+            assert [name for name, _ in told] == ["hello", *("trace", "drivers", "node") * 3]
             assert "token is missing" in told[0][1]["requests_refused"]
             assert "acme" not in json.dumps(told)
             assert rig.asked == 0
         async with rig.viewer(Authorization=f"Bearer {WORD}") as stream:
-            told = await take(stream, 4)
-            assert told[3][1]["settled"][0]["tenant"] == "acme"
-            assert len(told[3][1]["settled"]) == 20
+            told = await take(stream, 5)
+            assert told[4][1]["settled"][0]["tenant"] == "acme"
+            assert len(told[4][1]["settled"]) == 20
         async with rig.viewer(Authorization="Bearer wrong") as stream:
             assert "requests" not in [name for name, _ in await take(stream, 7)]
 

@@ -25,7 +25,7 @@ def test_every_route_is_in_the_document_and_nothing_else() -> None:
         served |= {(route.method, resource.canonical) for route in resource if route.method != "HEAD"}
     paths = json.loads(openapi_document())["paths"]
     told = {(method.upper(), path) for path, operations in paths.items() for method in operations}
-    # The page's own files are no interface. Its stream and OTLP have routes of their own, tested with the daemon.
+    # The page's own files are no interface. Its stream and OTLP are made elsewhere, tested with the daemon.
     assert {each for each in served if not each[1].startswith("/-/live/")} == told - {
         ("GET", "/v1/live"),
         ("POST", "/v1/traces"),

@@ -8,7 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from jouletrace.web import passwords
-from jouletrace.web.passwords import FAILURE_SECONDS, FAILURES, Buckets, Passwords
+from jouletrace.web.passwords import FAILURE_SECONDS, FAILURES, HELD, Buckets, Passwords
 
 USERS = {"alice": bcrypt.hashpw(b"opensesame", bcrypt.gensalt(4)).decode()}
 HOME = "192.0.2.1"
@@ -112,6 +112,26 @@ async def test_failures_are_logged_now_and_then_without_secrets(door: Passwords,
     assert [line["failures"] for line in logs] == [1, 5]
     assert "guess" not in str(logs)
     assert "alice" not in str(logs)
+
+
+async def test_refusals_that_were_asked_for_together_come_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those who guess come again together, and a scrape waits for all of them."""
+    hold_seconds, guesses = 0.2, 100
+    monkeypatch.setattr(passwords, "HOLD_SECONDS", hold_seconds)
+    door = Passwords()
+    loop = asyncio.get_running_loop()
+    ended: list[float] = []
+
+    async def guess() -> None:
+        if await status(door, basic("alice", "guess")) in (429, 503):
+            ended.append(loop.time())
+
+    began = loop.time()
+    await asyncio.gather(*(guess() for _ in range(guesses)))
+    door.close()
+    assert len(ended) >= guesses - FAILURES
+    assert ended[0] - began >= hold_seconds
+    assert ended[-1] - ended[0] >= (len(ended) - 1) * hold_seconds / HELD * 0.9
 
 
 def test_a_bucket_refills_and_forgets_the_oldest(clock: Clock) -> None:

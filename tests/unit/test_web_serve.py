@@ -1,12 +1,15 @@
 import asyncio
 import errno
 import socket
+import stat
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from jouletrace.unix_sockets import SocketError
 from jouletrace.web.serve import Limits, ListenError, WebServer
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -64,6 +67,61 @@ async def test_several_addresses(server: WebServer) -> None:
     await server.start(["127.0.0.1:0", "127.0.0.2:0"])
     assert len(server.urls) == 2
     assert [await get(url) for url in server.urls] == ["here", "here"]
+
+
+async def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "web.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    server = WebServer(app(), socket_mode=0o600)
+    await server.start(["127.0.0.1:0", f"unix:{path}"])
+    [url] = server.urls
+    assert url.startswith("http://127.0.0.1:")
+    assert server.paths == (str(path),)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
+        async with session.get("http://localhost/") as response:
+            assert await response.text() == "here"
+        await server.stop()
+    assert not path.exists()
+
+
+async def test_a_unix_socket_that_somebody_listens_on_stays_theirs(server: WebServer, tmp_path: Path) -> None:
+    path = tmp_path / "web.sock"
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(path))
+        taken.listen()
+        with pytest.raises(SocketError, match="somebody does already"):
+            await server.start(["127.0.0.1:0", f"unix:{path}"])
+        assert server.urls == ()
+        assert path.exists()
+
+
+async def test_a_passed_unix_socket_is_served_and_its_file_stays(server: WebServer, tmp_path: Path) -> None:
+    path = tmp_path / "web.sock"
+    passed = socket.socket(socket.AF_UNIX)
+    passed.bind(str(path))
+    passed.listen()
+    await server.start((), passed=[passed])
+    connector = aiohttp.UnixConnector(str(path))
+    async with aiohttp.ClientSession(connector=connector) as session, session.get("http://localhost/") as response:
+        assert await response.text() == "here"
+    await server.stop()
+    assert path.exists()
+
+
+async def test_connections_on_a_unix_socket_have_a_limit(tmp_path: Path) -> None:
+    path = str(tmp_path / "web.sock")
+    server = WebServer(app(), limits=Limits(connections=4, connections_per_origin=2))
+    await server.start([f"unix:{path}"])
+    opened = [await asyncio.open_unix_connection(path) for _ in range(3)]
+    # The third is closed without an answer.
+    assert await asyncio.wait_for(opened[2][0].read(), 5) == b""
+    opened[1][1].write(GET)
+    assert b"200 OK" in await asyncio.wait_for(opened[1][0].readline(), 5)
+    for _, writer in opened:
+        writer.close()
+    await server.stop()
 
 
 async def test_no_host_means_every_interface_of_both_families(server: WebServer) -> None:

@@ -61,6 +61,8 @@ MOST_SPANS = 30
 """What lies further back in one evaluation is judged as one: activity is only kept for half a minute."""
 CAUSE_NS = 5 * S
 """How often an engine's cause is looked for: a sixth of the window that it rests on."""
+RECENT_SPANS = 90
+"""Spans of a device of which it is kept what the power went to: over a minute, for a live monitor that is opened."""
 GONE_NS = 3600 * S
 """A device that has been gone for so long will not come back: its totals go."""
 CONDITIONS_NS = LONGEST_WINDOW_NS + 120 * S
@@ -116,6 +118,15 @@ class WatchedDevice(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class DriverSpan:
+    """What the power of a device went to, watts by driver, over a span."""
+
+    start_ns: int
+    end_ns: int
+    watts: Mapping[Driver, float]
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceFinding:
     """What is said of a device: of its newest span, and totals since the process began."""
 
@@ -132,6 +143,8 @@ class DeviceFinding:
     driver_confidence: float
     driver_joules: Mapping[Driver, float]
     """Totals; they add up to the energy of the device."""
+    recent: tuple[DriverSpan, ...]
+    """The newest spans whose energy is known, oldest first."""
     booked_ns: int
     """Up to here time and energy are booked by verdict: a few spans behind while a change may be under way."""
     verdict_seconds: Mapping[Verdict, float]
@@ -369,6 +382,7 @@ class _Device:
         self._unbooked: list[DeviceSignals] = []
         """Spans whose verdict is not confirmed yet."""
         self._driver_joules = dict.fromkeys(Driver, 0.0)
+        self._recent: deque[DriverSpan] = deque(maxlen=RECENT_SPANS)
         self._verdict_seconds = dict.fromkeys(Verdict, 0.0)
         self._verdict_joules = dict.fromkeys(Verdict, 0.0)
         self._flag_seconds = dict.fromkeys(Flag, 0.0)
@@ -429,9 +443,10 @@ class _Device:
             since_ns=self._since_ns,
             judgement=judgement,
             watts=signals.watts,
-            driver_watts={driver: joules / signals.seconds for driver, joules in found.joules.items()},
+            driver_watts=_watts(found, signals),
             driver_confidence=found.confidence,
             driver_joules=dict(self._driver_joules),
+            recent=tuple(self._recent),
             booked_ns=self._booked_ns,
             verdict_seconds=dict(self._verdict_seconds),
             verdict_joules=dict(self._verdict_joules),
@@ -449,6 +464,8 @@ class _Device:
             refinement.solve()
         for driver, joules in found.joules.items():
             self._driver_joules[driver] += joules
+        if found.joules:
+            self._recent.append(DriverSpan(signals.start_ns, signals.end_ns, _watts(found, signals)))
         return found
 
     def _book(self, signals: DeviceSignals, verdict: Verdict) -> DeviceUse:
@@ -514,6 +531,11 @@ class _Device:
             bare_watts=bare,
             parked_watts=parked,
         )
+
+
+def _watts(found: Decomposition, signals: DeviceSignals) -> Mapping[Driver, float]:
+    seconds = signals.seconds
+    return {driver: joules / seconds for driver, joules in found.joules.items()}
 
 
 def _known(readings: Sequence[ActivityReading], end_ns: int) -> Sequence[ActivityReading]:

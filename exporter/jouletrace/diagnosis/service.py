@@ -1,6 +1,7 @@
-"""The diagnosis at work: once a second, in a thread, from what the sampler and the ledger publish."""
+"""The diagnosis at work: each second or two, in a thread, from what the sampler and the ledger publish."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,9 @@ from jouletrace.requests.account import LedgerSnapshot
 
 INTERVAL_SECONDS = 1.0
 """As often as the power ring is harvested: nothing new is known before."""
+QUIET_INTERVAL_SECONDS = 2.0
+"""While no engine is known. The same spans are judged, two at a time: with cold caches the first takes as long as the
+next four."""
 
 _log = structlog.get_logger(__name__)
 
@@ -38,10 +42,17 @@ class DiagnosisService:
 
     async def run(self) -> None:
         """Evaluate until cancelled."""
-        while True:
-            await asyncio.sleep(INTERVAL_SECONDS)
-            # Not on the event loop: a few milliseconds would be seen by those who send records.
-            await asyncio.to_thread(self._evaluate)
+        stop = threading.Event()
+        try:
+            # Not on the event loop: a few milliseconds would be seen by those who send records. And the loop is not
+            # woken up for each evaluation, which takes as long as evaluating one device.
+            await asyncio.to_thread(self._evaluate_until, stop)
+        finally:
+            stop.set()
+
+    def _evaluate_until(self, stop: threading.Event) -> None:
+        while not stop.wait(INTERVAL_SECONDS if self._account().engine_totals else QUIET_INTERVAL_SECONDS):
+            self._evaluate()
 
     def _evaluate(self) -> None:
         try:

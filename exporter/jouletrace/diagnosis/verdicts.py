@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import msgspec
+
 from jouletrace.diagnosis.signals import ActiveSource, DeviceSignals, merge, sound
 from jouletrace.energy.baseline import QUIET_ACTIVITY, IdleKind
 from jouletrace.gpu.readings import Link, Pipe, ThrottleReason
@@ -273,16 +275,19 @@ class Hysteresis:
         assert self._held is not None
         is_confirmed = alone.verdict is self._held or self._unconfirmed_ns + length_ns >= PATIENCE_NS
         self._unconfirmed_ns = 0 if is_confirmed else self._unconfirmed_ns + length_ns
-        said = replace(
-            found if alone.verdict is self._held and agreed else alone,
+        says_held = alone.verdict is self._held
+        said = found if says_held and agreed else alone
+        sentence = said.sentence
+        if not says_held:
+            sentence = f"{self._held} by the seconds before; the newest alone is {sentence}"
+        return Judgement(
             verdict=self._held,
             flags=_flags(signals, load, thresholds),
             confidence=found.confidence if agreed else found.confidence / 2,
+            evidence=said.evidence,
+            sentence=sentence,
             confirmed=is_confirmed,
         )
-        if alone.verdict is self._held:
-            return said
-        return replace(said, sentence=f"{self._held} by the seconds before; the newest alone is {alone.sentence}")
 
     def _follow(self, found: Verdict, length_ns: int) -> bool:
         """Hold a verdict or change over to the one found; return whether the held one is the one found."""
@@ -304,8 +309,7 @@ class Hysteresis:
 # -------------------------------------------------------------------- what the numbers say
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
+class _Load(msgspec.Struct, frozen=True):
     """How loaded each resource was while kernels ran; None where nobody can tell."""
 
     active: float | None

@@ -72,7 +72,6 @@ class Baseline:
         *,
         context: bool | None,
         busiest_ratio: float | None,
-        requests: bool = False,
         context_ns: int | None = None,
     ) -> IdleKind | None:
         """Take in a window's mean power; return which idle it was, or None when it was not idle or not known.
@@ -80,7 +79,7 @@ class Baseline:
         `t_ns`: the window's end; `context`: whether any process holds the device, as seen at `context_ns` (None:
         with the window). A window is learnt when a look at or after its end still says the same, as a process may
         have come or gone since the look before. `busiest_ratio`: the highest activity ratio of the window (None:
-        not known, so nothing is learnt); `requests`: whether any request was in flight.
+        not known, so nothing is learnt).
         """
         kind = None if context is None else IdleKind.PARKED if context else IdleKind.BARE
         if kind is not self._kind:
@@ -88,7 +87,7 @@ class Baseline:
             self._waiting.clear()
         if kind is None:
             return None
-        quiet = busiest_ratio is not None and busiest_ratio <= QUIET_ACTIVITY and not requests
+        quiet = busiest_ratio is not None and busiest_ratio <= QUIET_ACTIVITY
         self._quiet = self._quiet + 1 if quiet else 0
         if self._quiet > SETTLE_WINDOWS:
             self._waiting.append((t_ns, watts))

@@ -9,16 +9,20 @@ models are awake first: there a scrape wakes a sleeping model, loads an unloaded
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
 import structlog
+from aiohttp import hdrs
+from yarl import URL
 
 from jouletrace.config import EngineTarget
+from jouletrace.engines.doors import OPEN, Door
 from jouletrace.engines.families import (
     KINDS,
     MAX_PAGE_BYTES,
@@ -32,6 +36,7 @@ from jouletrace.engines.families import (
     Series,
 )
 from jouletrace.engines.sink import Sink
+from jouletrace.followed import FollowedFiles
 from jouletrace.logs import Transitions
 from jouletrace.requests.inbox import Loss
 from jouletrace.requests.records import UNKNOWN_MODEL, EngineRecord, LoadRecord, ModelLoad, Record, Unit, Usage
@@ -48,8 +53,13 @@ REPEAT_SECONDS: Final = 60.0
 MOST_PER_SECOND: Final = 1e7
 """Tokens, inferences, steps or sequences' seconds above this are a counter's mistake: 8 GPUs make 100,000 tokens a
 second, and read ten times as many."""
+MOST_REDIRECTS: Final = 2
+"""SGLang and others send from /metrics to /metrics/."""
 MOST_SERIES: Final = 16_384
 """Counters of one engine that are remembered."""
+
+Fetch = Callable[[str], Awaitable[bytes]]
+"""Returns what is at a URL of an engine."""
 
 _log = structlog.get_logger(__name__)
 
@@ -235,7 +245,8 @@ class EngineScraper:
     """Scrapes engines and sends what they did to a sink. Belongs to the event loop.
 
     `discover` (called in a thread) finds engines on this machine, None does not look for any. `known` returns the
-    engines that the account knows: where a feed has announced the engine already, its id is used.
+    engines that the account knows: where a feed has announced the engine already, its id is used. `doors` has by URL
+    what engines ask for that do not let everybody read.
     """
 
     def __init__(
@@ -245,6 +256,7 @@ class EngineScraper:
         *,
         discover: Callable[[], Sequence[Target]] | None,
         known: Callable[[], Sequence[EngineRecord]],
+        doors: Mapping[str, FollowedFiles[Door]] | None = None,
         wall_ns: Callable[[], int] = time.time_ns,
         interval_seconds: float = INTERVAL_SECONDS,
     ) -> None:
@@ -252,6 +264,7 @@ class EngineScraper:
         self._targets = tuple(targets)
         self._discover = discover
         self._known = known
+        self._doors = doors or {}
         self._wall_ns = wall_ns
         self._interval_seconds = interval_seconds
         self._watches: dict[str, _Watch] = {target.url: _Watch(target) for target in targets}
@@ -267,17 +280,19 @@ class EngineScraper:
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=headers, auto_decompress=False
         ) as session:
-            looked = -DISCOVER_SECONDS
-            due = time.monotonic()
+            look_due = due = time.monotonic()
             while True:
-                if self._discover is not None and time.monotonic() - looked >= DISCOVER_SECONDS:
-                    looked = time.monotonic()
+                if self._discover is not None and time.monotonic() >= look_due:
+                    look_due = time.monotonic() + DISCOVER_SECONDS
                     await self._look_around(self._discover)
                 now = time.monotonic()
                 await asyncio.gather(
                     *(self._visit(watch, session) for watch in list(self._watches.values()) if watch.due <= now)
                 )
                 due = max(due + self._interval_seconds, time.monotonic())
+                if not self._watches:
+                    # Nobody is there to be asked before the next look.
+                    due = max(due, look_due)
                 await asyncio.sleep(due - time.monotonic())
 
     async def _look_around(self, discover: Callable[[], Sequence[Target]]) -> None:
@@ -308,8 +323,9 @@ class EngineScraper:
 
     async def _visit(self, watch: _Watch, session: aiohttp.ClientSession) -> None:
         url = watch.target.url
+        door = self._doors[url].value if url in self._doors else OPEN
         try:
-            for name, page, names in await self._pages(watch, session):
+            for name, page, names in await self._pages(watch, partial(_fetched, session, door)):
                 part = watch.parts.setdefault(name, _Part())
                 part.names = names or part.names
                 self._take(watch, part, name, page)
@@ -341,14 +357,14 @@ class EngineScraper:
 
     # ---------------------------------------------------------------- pages
 
-    async def _pages(self, watch: _Watch, session: aiohttp.ClientSession) -> list[tuple[str, Page, tuple[str, ...]]]:
+    async def _pages(self, watch: _Watch, fetch: Fetch) -> list[tuple[str, Page, tuple[str, ...]]]:
         """Return the pages of a target: under which name, what it told, and models that it does not name."""
         target = watch.target
         if target.falls_asleep:
             raise _AsleepError
         names: tuple[str, ...] = ()
         if watch.has_llama_models is not False and target.kind in (None, "llamacpp"):
-            models = await self._llama_models(session, target.url)
+            models = await self._llama_models(fetch, target.url)
             watch.has_llama_models = models is not None or target.kind == "llamacpp"
             names = tuple(name[-MODEL_CHARACTERS:] for name in models or () if name.isprintable())
             statuses = {name: status for name, status in (models or {}).items() if status and _is_label(name)}
@@ -360,20 +376,20 @@ class EngineScraper:
                     (
                         name,
                         await self._page(
-                            watch, session, f"/metrics?model={quote(name, safe='')}&autoload=false", name, "llamacpp"
+                            watch, fetch, f"/metrics?model={quote(name, safe='')}&autoload=false", name, "llamacpp"
                         ),
                         (name,),
                     )
                     for name in awake
                 ]
-            if models is not None and await self._is_asleep(session, target.url):
+            if models is not None and await self._is_asleep(fetch, target.url):
                 raise _AsleepError
-        page = await self._found_page(watch, session, "llamacpp" if watch.has_llama_models else target.kind)
+        page = await self._found_page(watch, fetch, "llamacpp" if watch.has_llama_models else target.kind)
         if page.kind.kind == "tgi" and not (watch.parts and watch.parts[""].names):
-            names = await self._tgi_model(session, target.url)
+            names = await self._tgi_model(fetch, target.url)
         return [("", page, names)]
 
-    async def _found_page(self, watch: _Watch, session: aiohttp.ClientSession, kind: str | None) -> Page:
+    async def _found_page(self, watch: _Watch, fetch: Fetch, kind: str | None) -> Page:
         """Return the page at the path where it is; looks at every path where it may be."""
         target = watch.target
         given = watch.path or target.path
@@ -382,7 +398,7 @@ class EngineScraper:
         problem: Exception = _AwayError("there is no path to ask")
         for path in paths:
             try:
-                page = await self._page(watch, session, path, "", kind)
+                page = await self._page(watch, fetch, path, "", kind)
             except (_AwayError, PageError) as error:
                 problem = error
                 continue
@@ -390,17 +406,15 @@ class EngineScraper:
             return page
         raise problem
 
-    async def _page(
-        self, watch: _Watch, session: aiohttp.ClientSession, path: str, name: str, kind: str | None
-    ) -> Page:
-        content = await _fetched(session, watch.target.url + path)
+    async def _page(self, watch: _Watch, fetch: Fetch, path: str, name: str, kind: str | None) -> Page:
+        content = await fetch(watch.target.url + path)
         part = watch.parts.get(name)
         return (part.reader if part else PageReader()).read(content, kind)
 
-    async def _llama_models(self, session: aiohttp.ClientSession, url: str) -> dict[str, str] | None:
+    async def _llama_models(self, fetch: Fetch, url: str) -> dict[str, str] | None:
         """Return the models of a llama.cpp server with their status ("" where it has none); None for another server."""
         try:
-            answer: Any = _document(await _fetched(session, url + "/v1/models"))
+            answer: Any = _document(await fetch(url + "/v1/models"))
             models = [one for one in answer["data"] if isinstance(one, dict) and isinstance(one.get("id"), str)]
         except _AwayError as error:
             if isinstance(error.__cause__, TimeoutError | aiohttp.ClientConnectionError):
@@ -412,18 +426,18 @@ class EngineScraper:
             return None
         return {one["id"]: _llama_status(one) for one in models}
 
-    async def _is_asleep(self, session: aiohttp.ClientSession, url: str) -> bool:
+    async def _is_asleep(self, fetch: Fetch, url: str) -> bool:
         """Return whether a llama.cpp server says that it sleeps; `/props` is answered without waking it."""
         try:
-            answer = _document(await _fetched(session, url + "/props"))
+            answer = _document(await fetch(url + "/props"))
         except _AwayError:
             return False
         return isinstance(answer, dict) and answer.get("is_sleeping") is True
 
-    async def _tgi_model(self, session: aiohttp.ClientSession, url: str) -> tuple[str, ...]:
+    async def _tgi_model(self, fetch: Fetch, url: str) -> tuple[str, ...]:
         """Return the model of a TGI server, whose page names none."""
         try:
-            answer = _document(await _fetched(session, url + "/info"))
+            answer = _document(await fetch(url + "/info"))
         except _AwayError:
             return ()
         model = answer.get("model_id") if isinstance(answer, dict) else None
@@ -498,8 +512,9 @@ class EngineScraper:
 
 
 def _place(url: str) -> str:
-    """Return a URL as discovery writes it."""
-    return url.replace("//localhost:", "//127.0.0.1:")
+    """Return host and port of a URL as discovery writes them; it does not know who speaks TLS."""
+    place = url.partition("//")[2]
+    return f"127.0.0.1:{place.removeprefix('localhost:')}" if place.startswith("localhost:") else place
 
 
 def _completed(target: Target, found: Target | None) -> Target:
@@ -571,19 +586,46 @@ def _is_label(name: str) -> bool:
     return 0 < len(name) <= MODEL_CHARACTERS and name.isprintable()
 
 
-async def _fetched(session: aiohttp.ClientSession, url: str) -> bytes:
+async def _fetched(session: aiohttp.ClientSession, door: Door, url: str) -> bytes:
     """Return what is at a URL, at most a little more than a page may have; raises _AwayError."""
+    at = URL(url)
     try:
-        async with session.get(url, max_redirects=2) as response:
-            if response.status in (401, 403):
-                raise _AwayError(f"it answered {response.status}: it wants a key for this page; let it be read without")
-            if response.status != 200:
-                raise _AwayError(f"it answered {response.status}")
-            content = bytearray()
-            while len(content) <= MAX_PAGE_BYTES and (chunk := await response.content.read(1 << 16)):
-                content += chunk
-            return bytes(content)
+        for _ in range(MOST_REDIRECTS + 1):
+            async with session.get(
+                at, allow_redirects=False, headers=door.headers, ssl=door.tls, server_hostname=door.server_name
+            ) as response:
+                if response.status in (401, 403):
+                    raise _AwayError(
+                        f"it answered {response.status}: it wants a key for this page; let it be read without, or name "
+                        "the key's file in authorization.credentials_file of engines.targets"
+                    )
+                if response.status in (301, 302, 303, 307, 308):
+                    at = _within_engine(at, response.headers.get(hdrs.LOCATION, ""))
+                    continue
+                if response.status != 200:
+                    raise _AwayError(f"it answered {response.status}")
+                content = bytearray()
+                while len(content) <= MAX_PAGE_BYTES and (chunk := await response.content.read(1 << 16)):
+                    content += chunk
+                return bytes(content)
     except TimeoutError as error:
         raise _AwayError(f"it did not answer within {TIMEOUT_SECONDS * 1000:.0f} ms") from error
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise _AwayError(
+            f"its certificate is not trusted ({error.certificate_error}): name its authority in tls_config.ca_file of "
+            "engines.targets"
+        ) from error
     except (aiohttp.ClientError, ValueError) as error:
         raise _AwayError(f"{type(error).__name__}: {error}") from error
+    raise _AwayError("it redirects again and again")
+
+
+def _within_engine(url: URL, location: str) -> URL:
+    """Return where an answer sends to; raises _AwayError for another place.
+
+    An engine belongs to a tenant: it must not let this process ask others in its name, nor have them get its key.
+    """
+    to = url.join(URL(location))
+    if to.origin() != url.origin():
+        raise _AwayError("it redirects to another host or port: if that is the engine, name that in engines.targets")
+    return to

@@ -6,10 +6,7 @@ of the records that are refused, a line of JSON each; a datagram's sender hears 
 
 import asyncio
 import contextlib
-import errno
-import os
 import socket
-import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +20,7 @@ import structlog
 from jouletrace.requests.decoding import Check, LineError, RecordDecoder, Slice, slices
 from jouletrace.requests.inbox import Inbox, Loss, Origin
 from jouletrace.requests.records import EngineRecord, Record
+from jouletrace.unix_sockets import MODES, bound, remove
 
 MAX_LINE_BYTES: Final = 1 << 20
 """A step of 16,384 requests with ids of 40 bytes takes 700 kB."""
@@ -31,7 +29,6 @@ MAX_DATAGRAM_BYTES: Final = 256 << 10
 MAX_CONNECTIONS: Final = 256
 DATAGRAMS_PER_TURN: Final = 64
 """Datagrams that are read before others on the event loop get their turn: about a millisecond."""
-MODES: Final = {"owner": 0o600, "group": 0o660, "everyone": 0o666}
 MAX_ERRORS: Final = 20
 """Errors of one piece of a stream that its sender is told; the rest are only counted."""
 COMPLAINT_SECONDS: Final = 60.0
@@ -40,10 +37,6 @@ COMPLAINT_SECONDS: Final = 60.0
 _CREDENTIALS: Final = Struct("3i")  # struct ucred of sys/socket.h: pid, uid, gid
 
 _log = structlog.get_logger(__name__)
-
-
-class SocketError(Exception):
-    """A socket cannot be opened; the message says which, why and what to do."""
 
 
 class Intake:
@@ -110,7 +103,7 @@ class StreamServer:
 
     async def start(self, path: Path, mode: int = MODES["group"]) -> None:
         """Listen; raises SocketError."""
-        sock = _bound(path, socket.SOCK_STREAM, mode)
+        sock = bound(path, socket.SOCK_STREAM, mode)
         sock.listen(socket.SOMAXCONN)
         await self.serve(sock)
         self._path = path
@@ -129,7 +122,7 @@ class StreamServer:
         for connection in tuple(self._connections):
             connection.end()
         if self._path is not None:
-            _remove(self._path)
+            remove(self._path)
         self._server = self._path = None
 
     def _connection(self) -> "_Connection":
@@ -294,7 +287,7 @@ class DatagramServer:
 
     async def start(self, path: Path, mode: int = MODES["group"]) -> None:
         """Listen; raises SocketError."""
-        self.serve(_bound(path, socket.SOCK_DGRAM, mode))
+        self.serve(bound(path, socket.SOCK_DGRAM, mode))
         self._path = path
 
     def serve(self, sock: socket.socket) -> None:
@@ -312,7 +305,7 @@ class DatagramServer:
         asyncio.get_running_loop().remove_reader(self._sock.fileno())
         self._sock.close()
         if self._path is not None:
-            _remove(self._path)
+            remove(self._path)
         self._sock = self._path = None
 
     def _read(self) -> None:
@@ -334,68 +327,3 @@ class DatagramServer:
             if not self._intake.offer(part, pid):
                 self._intake.inbox.lost(self._intake.origin, Loss.QUEUE_FULL, len(part.records))
                 self._intake.count_errors(part, pid)
-
-
-def _bound(path: Path, kind: socket.SocketKind, mode: int) -> socket.socket:
-    """Return a bound socket, in the place of one that nobody listens on any more; raises SocketError."""
-    sock = socket.socket(socket.AF_UNIX, kind)
-    try:
-        _make_room(path, kind)
-        # The mode is set by the mask, so that at no moment the socket is open to more than it should be.
-        mask = os.umask(0o777 & ~mode)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(mask)
-    except OSError as error:
-        sock.close()
-        raise SocketError(f"Cannot listen on {path}: {_reason(path, error)}") from error
-    except SocketError:
-        sock.close()
-        raise
-    return sock
-
-
-def _make_room(path: Path, kind: socket.SocketKind) -> None:
-    try:
-        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        raise SocketError(
-            f"Cannot listen on {path}: there is a file that is not a socket; remove it or choose another."
-        )
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except BlockingIOError:
-            pass  # Somebody listens and is busy.
-        except OSError as error:
-            if error.errno != errno.EPROTOTYPE:
-                raise
-    raise SocketError(
-        f"Cannot listen on {path}: somebody does already, perhaps another jouletrace; `ss -xlp` shows who. "
-        "Stop that, or choose another path."
-    )
-
-
-def _reason(path: Path, error: OSError) -> str:
-    match error.errno:
-        case errno.ENOENT:
-            return f"the directory {path.parent} does not exist; create it or choose another path."
-        case errno.EACCES | errno.EPERM:
-            return f"this user may not write to {path.parent}; change its owner or choose another path."
-        case None:
-            # bind() of a path over 107 bytes (sun_path, unix(7)) has no number, only words.
-            return "the path is longer than the 107 bytes that Linux allows; choose a shorter one."
-        case _:
-            return f"{error.strerror}."
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()

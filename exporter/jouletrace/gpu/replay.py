@@ -243,6 +243,10 @@ class ReplayDevice:
         """Return the recorded clocks, temperatures, memory and throttle state."""
         return self._timed("state", self._state)
 
+    def processes(self) -> Sequence[ProcessReading] | None:
+        """Return the recorded processes."""
+        return self._timed("processes", lambda: self._health().processes)
+
     def health(self) -> HealthReading:
         """Return the recorded processes and the power limit."""
         return self._timed("health", self._health)
@@ -363,7 +367,7 @@ class ReplayDevice:
         track = self._tracks.get(trace.PROCESSES)
         number = track.fresh(now_ns) if track else None
         processes = None if track is None or number is None else _processes(track, number)
-        return HealthReading(now_ns, processes, self.info.power_limit_watts)
+        return HealthReading(now_ns, processes, power_limit_watts=self.info.power_limit_watts)
 
 
 class ReplaySource:

@@ -11,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import structlog
 
 from jouletrace.energy.baseline import Baseline, IdleKind, IdleLevel, holds_context, work_watts
@@ -25,8 +26,10 @@ from jouletrace.gpu.readings import (
     DeviceInfo,
     DeviceLostError,
     DriverMismatchError,
+    Float64s,
     GpuError,
     HealthReading,
+    Int64s,
     Link,
     NoDriverError,
     Pipe,
@@ -57,13 +60,13 @@ REFUSALS_TO_STOP = 5
 """NOT_SUPPORTED this often in a row: the tier is dropped for this device."""
 ENERGY_REFUSALS = 2
 """The energy source is found anew sooner: what is used meanwhile is nowhere but in the hardware counter."""
-EVENT_WAIT_SECONDS = 0.5
+EVENT_WAIT_SECONDS = 1.0
 """Waiting for critical errors; also how long the end of the process may have to wait for that thread."""
 RETRY_FIRST_SECONDS = 1.0
 RETRY_MOST_SECONDS = 60.0
 DEVICES_PER_TURN = 4
-"""Devices read in one go. One each cost 1.0 % of a core for 8 devices, most of it for waking up with cold caches;
-all at once would hold the driver's lock for 10 ms."""
+"""Devices whose ring is read in one go. One each cost 1.0 % of a core for 8 devices, most of it for waking up with cold
+caches; all at once would hold the driver's lock for 10 ms."""
 REINIT_AFTER_SECONDS = 5.0
 NOT_READY = 27
 """nvmlReturn_t of a device that has come back and gives no power yet."""
@@ -91,6 +94,8 @@ UNCLEAR_SM = (0.005, 0.5)
 """SM activity between which only GRAPHICS tells that. It is never below SM, so more SM says that the device was busy
 for most of the time; less is nothing. On an H200 SM reads 0.11 in a loop of tiny kernels and 0.13 in decode at 20 %
 duty, where GRAPHICS reads 0.28 and 0.20."""
+_SM_OCCUPANCY = Pipe.SM_OCCUPANCY
+"""Looked up here, not in the loop: in Python 3.11 a member of an enumeration takes five times a dict's look-up."""
 BUSY_KEPT = 2048
 """Intervals whose highest activity the ledger can look back on: 15 minutes at the usual two a second."""
 IDLE_WINDOW_NS = 900_000_000
@@ -108,6 +113,8 @@ class Intervals:
     graphics: float = 30.0
     state: float = 1.0
     health: float = 10.0
+    processes: float | None = None
+    """Processes are listed by themselves this often; None: only with the health."""
     counter: float = 10.0
     polling: float = 0.01
 
@@ -124,7 +131,7 @@ class _Failing:
     error: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LiveDevice:
     """What the ledger and the diagnosis need of a device at one moment."""
 
@@ -135,10 +142,15 @@ class LiveDevice:
     """The hardware energy counter's newest reading: the time (ns) whose energy it shows, and joules."""
     held: bool | None
     """Whether a process holds a context; None when nobody can tell."""
-    activities: Sequence[tuple[int, float]]
-    """(end_ns, highest activity ratio) of the intervals of the last quarter hour, oldest first: GPM's, without GPM
-    NVML's duty cycles, without these 0 or 1 by power. Empty: nobody can tell work from rest."""
+    busy_ends_ns: Int64s
+    """Ends of the intervals of the last quarter hour in which activity was measured, oldest first, shape (n,)."""
+    busy_ratios: Float64s
+    """The highest activity ratio in each, shape (n,): GPM's, without GPM NVML's duty cycles, without these 0 or 1 by
+    power. Empty: nobody can tell work from rest."""
     processes: Sequence[ProcessReading] | None
+    """Newest list, with the SM shares of the last health reading."""
+    processes_ns: int | None
+    """When these were listed; None before the first list."""
     readings: Sequence[ActivityReading]
     """GPM intervals of the last half minute, oldest first; those with GRAPHICS hold nothing else."""
     has_activity: bool
@@ -148,6 +160,32 @@ class LiveDevice:
     health: HealthReading | None
     idle_watts: Mapping[str, float]
     """Learnt idle levels by kind (`bare`, `parked`)."""
+
+
+class _BusyTrack:
+    """How busy a device was by time. One thread appends; others get views of what is never written again."""
+
+    def __init__(self) -> None:
+        self._table = (np.empty(2 * BUSY_KEPT, np.int64), np.empty(2 * BUSY_KEPT), 0)
+        """Ends, ratios, and how many rows there are."""
+
+    def add(self, end_ns: int, ratio: float) -> None:
+        """Append an interval, unless the newest one ends as late."""
+        ends_ns, ratios, count = self._table
+        if count and end_ns <= ends_ns[count - 1]:
+            return
+        if count == len(ends_ns):
+            # Readers keep the old arrays.
+            count = BUSY_KEPT
+            ends_ns, ratios = np.roll(ends_ns, count), np.roll(ratios, count)
+        ends_ns[count], ratios[count] = end_ns, ratio
+        self._table = (ends_ns, ratios, count + 1)
+
+    def rows(self) -> tuple[Int64s, Float64s]:
+        """Return ends and ratios of the newest intervals, oldest first; may be called from any thread."""
+        ends_ns, ratios, count = self._table
+        part = slice(max(0, count - BUSY_KEPT), count)
+        return ends_ns[part], ratios[part]
 
 
 class _DeviceAccount:
@@ -176,7 +214,8 @@ class _DeviceAccount:
         """Memory in use when the processes were last listed."""
         self.graphics_ns = 0
         """When GRAPHICS was last read."""
-        self.busy_track: deque[tuple[int, float]] = deque(maxlen=BUSY_KEPT)
+        self.busy_track = _BusyTrack()
+        """A device whose GPM is withdrawn goes on with less."""
         self.published: DeviceSnapshot | None = None
         self.meter: Meter | None = None
         self.adopt(device, capabilities)
@@ -188,6 +227,8 @@ class _DeviceAccount:
         self.power: PowerReading | None = None
         self.state: StateReading | None = None
         self.health: HealthReading | None = None
+        self.listing: tuple[int, Sequence[ProcessReading] | None] | None = None
+        """When the processes were last listed by themselves, and who they were."""
         self.activity: ActivityReading | None = None
         self.activities.clear()
         self.states.clear()
@@ -211,6 +252,8 @@ class _DeviceAccount:
                 self.activity = None
             case "health":
                 self.health = None
+            case "processes":
+                self.listing = None
 
     def _new_meter(self) -> Meter | None:
         capabilities, info = self.capabilities, self.device.info
@@ -230,7 +273,7 @@ class _DeviceAccount:
         self.activities.append(reading)
         busiest = _busiest_of(reading)
         if busiest is not None and Pipe.GRAPHICS not in reading.busy_ratio:
-            self._track(reading.end_ns, busiest)
+            self.busy_track.add(reading.end_ns, busiest)
         seconds = (reading.end_ns - reading.start_ns) / NS
         peak = self.device.info.peak_dram_bytes_per_second
         if reading.dram_ratio is not None and peak is not None:
@@ -245,12 +288,7 @@ class _DeviceAccount:
         self.state = state
         self.states.append(state)
         if not self.capabilities.has_activity and state.utilization_ratio:
-            self._track(state.t_ns, max(state.utilization_ratio.values()))
-
-    def _track(self, end_ns: int, busiest: float) -> None:
-        """Keep how busy the device was since the last time; a device whose GPM is withdrawn goes on with less."""
-        if not self.busy_track or end_ns > self.busy_track[-1][0]:
-            self.busy_track.append((end_ns, busiest))
+            self.busy_track.add(state.t_ns, max(state.utilization_ratio.values()))
 
     def _track_power(self, end_ns: int, watts: float) -> None:
         """Tell work from rest by power alone: in MIG mode there are no duty cycles, and often no GPM."""
@@ -259,7 +297,7 @@ class _DeviceAccount:
         parked = self.baseline.levels.get(IdleKind.PARKED)
         least = work_watts(None if parked is None else parked.watts, self.device.info.power_limit_watts)
         if least is not None:
-            self._track(end_ns, 1.0 if watts > least else 0.0)
+            self.busy_track.add(end_ns, 1.0 if watts > least else 0.0)
 
     def learn_idle(self) -> None:
         """Show the baseline the energy since the last time."""
@@ -272,7 +310,8 @@ class _DeviceAccount:
         self.idle_from_ns = end_ns
         if start_ns is None or end_ns - start_ns > IDLE_WINDOW_MOST_NS:
             return
-        watts = self.meter.timeline.window(start_ns, end_ns).joules / ((end_ns - start_ns) / NS)
+        timeline = self.meter.timeline
+        watts = (timeline.energy_at(end_ns) - timeline.energy_at(start_ns)) / ((end_ns - start_ns) / NS)
         self._track_power(end_ns, watts)
         seen = self.health if self.health is not None and self.health.processes is not None else self.state
         self.baseline.observe(
@@ -295,6 +334,8 @@ class _DeviceAccount:
         timeline, health = self.meter.timeline if self.meter else None, self.health
         if timeline is None:
             return None
+        processes_ns, processes = self._processes()
+        busy_ends_ns, busy_ratios = self.busy_track.rows()
         # One call each copies what the sampler may add to meanwhile.
         return LiveDevice(
             uuid=self.device.info.uuid,
@@ -302,8 +343,10 @@ class _DeviceAccount:
             timeline=timeline,
             counter=self.meter.counter_at if self.meter else None,
             held=self.held(),
-            activities=list(self.busy_track),
-            processes=None if health is None else health.processes,
+            busy_ends_ns=busy_ends_ns,
+            busy_ratios=busy_ratios,
+            processes=processes,
+            processes_ns=processes_ns,
             readings=list(self.activities),
             has_activity=self.capabilities.has_activity,
             states=list(self.states),
@@ -311,11 +354,24 @@ class _DeviceAccount:
             idle_watts={str(kind): level.watts for kind, level in list(self.baseline.levels.items())},
         )
 
+    def _processes(self) -> tuple[int | None, Sequence[ProcessReading] | None]:
+        """Return when the processes were last listed, and who they were."""
+        health, listing = self.health, self.listing
+        if listing is None or (health is not None and health.t_ns >= listing[0]):
+            return (None, None) if health is None else (health.t_ns, health.processes)
+        listed_ns, processes = listing
+        if processes is None or health is None:
+            return listing
+        shares = {process.pid: process.sm_ratio for process in health.processes or ()}
+        return listed_ns, [replace(process, sm_ratio=shares.get(process.pid)) for process in processes]
+
     def _busiest(self, start_ns: int, end_ns: int) -> float | None:
         """Return the highest activity in a window: GPM's, or NVML utilization where there is no GPM."""
         ratios: list[float] = []
-        for reading in self.activities:
-            if reading.end_ns > start_ns and reading.start_ns < end_ns:
+        for reading in reversed(self.activities):
+            if reading.end_ns <= start_ns:
+                break
+            if reading.start_ns < end_ns:
                 busiest = _busiest_of(reading)
                 ratios += [] if busiest is None else [busiest]
         if not self.capabilities.has_activity and self.state is not None:
@@ -377,21 +433,27 @@ class _DeviceAccount:
 
 def _busiest_of(reading: ActivityReading) -> float | None:
     """Return the highest activity ratio of an interval."""
-    ratios = [ratio for pipe, ratio in reading.busy_ratio.items() if pipe is not Pipe.SM_OCCUPANCY]
-    ratios += [] if reading.dram_ratio is None else [reading.dram_ratio]
+    ratios = [ratio for pipe, ratio in reading.busy_ratio.items() if pipe is not _SM_OCCUPANCY]
+    if reading.dram_ratio is not None:
+        ratios.append(reading.dram_ratio)
     return max(ratios, default=None)
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True)
 class _Task:
     """Something to do for a device at a time; `run` may raise GpuError."""
 
     due_ns: int
     order: int
-    name: str = field(compare=False)
-    account: _DeviceAccount = field(compare=False)
-    interval: Callable[[], float] = field(compare=False)
-    run: Callable[[_DeviceAccount], None] = field(compare=False)
+    name: str
+    account: _DeviceAccount
+    interval: Callable[[], float]
+    run: Callable[[_DeviceAccount], None]
+
+    @property
+    def row(self) -> tuple[int, int, "_Task"]:
+        """Its row in the heap: tuples compare without a call of Python."""
+        return (self.due_ns, self.order, self)
 
 
 def _is_energy(account: _DeviceAccount, tier: str) -> bool:
@@ -422,7 +484,9 @@ class Sampler:
         self._give_up_after_seconds = give_up_after_seconds
         self._on_end = on_end
         self._accounts: list[_DeviceAccount] = []
-        self._tasks: list[_Task] = []
+        self._tasks: list[tuple[int, int, _Task]] = []
+        """A heap."""
+        self._planned_ns = 0
         self._order = itertools.count()
         self._stretch = 1.0
         self._governed_at: tuple[int, float] | None = None
@@ -552,18 +616,29 @@ class Sampler:
     def _plan(self) -> None:
         """Lay out the tasks: the devices take turns over the interval, a few of them a turn."""
         self._tasks = []
-        turns = -(-len(self._accounts) // DEVICES_PER_TURN)
+        self._planned_ns = self.source.clock.now_ns()
         for place, account in enumerate(self._accounts):
-            self._plan_device(account, place // DEVICES_PER_TURN / turns)
+            self._plan_device(account, place // DEVICES_PER_TURN)
 
-    def _plan_device(self, account: _DeviceAccount, phase: float) -> None:
-        """Plan a device's tiers in place of what was planned for it; `phase` (0 to 1) is its turn."""
-        self._tasks = [task for task in self._tasks if task.account is not account]
+    def _plan_device(self, account: _DeviceAccount, turn: int) -> None:
+        """Plan a device's tiers in place of what was planned for it.
+
+        They begin on a common grid, so that faster tiers of all devices are read when the ring of some is: waking up
+        costs more than most reads.
+        """
+        self._forget_tasks(account)
+        turns = -(-len(self._accounts) // DEVICES_PER_TURN)
+        tick_ns = int(self._intervals.ring * NS) // turns
         now_ns = self.source.clock.now_ns()
+        tick_now_ns = now_ns - (now_ns - self._planned_ns) % tick_ns
         for name, interval, run in self._tiers(account):
-            due_ns = now_ns + int(interval() * NS * phase)
-            self._tasks.append(_Task(due_ns, next(self._order), name, account, interval, run))
+            later_ns = int(interval() * NS) * turn // turns
+            due_ns = tick_now_ns + later_ns - later_ns % tick_ns
+            self._tasks.append(_Task(due_ns, next(self._order), name, account, interval, run).row)
         heapq.heapify(self._tasks)
+
+    def _forget_tasks(self, account: _DeviceAccount) -> None:
+        self._tasks = [row for row in self._tasks if row[2].account is not account]
 
     def _tiers(
         self, account: _DeviceAccount
@@ -585,6 +660,9 @@ class Sampler:
         if capabilities.has_counter:
             tiers.append(("counter", lambda: self._counter_seconds(account), self._read_counter))
         tiers.append(("health", lambda: intervals.health * self._stretch, self._read_health))
+        seconds = intervals.processes
+        if seconds is not None:
+            tiers.append(("processes", lambda: seconds * self._stretch, self._read_processes))
         return tiers
 
     def _graphics_seconds(self) -> float:
@@ -610,8 +688,8 @@ class Sampler:
         self._beat = time.monotonic()
         now_ns = clock.now_ns()
         touched: list[_DeviceAccount] = []
-        while self._tasks and self._tasks[0].due_ns <= now_ns and not self._stop.is_set():
-            task = heapq.heappop(self._tasks)
+        while self._tasks and self._tasks[0][0] <= now_ns and not self._stop.is_set():
+            _, _, task = heapq.heappop(self._tasks)
             if self._perform(task):
                 touched.append(task.account)
             interval_ns = max(int(task.interval() * NS), 1)
@@ -619,7 +697,7 @@ class Sampler:
             late = max(0, (now_ns - task.due_ns) // interval_ns)
             task.due_ns += interval_ns * (1 + late)
             if self._goes_on(task):
-                heapq.heappush(self._tasks, task)
+                heapq.heappush(self._tasks, task.row)
             self._beat = time.monotonic()
         self._take_events()
         self._mend_all()
@@ -627,7 +705,7 @@ class Sampler:
         if touched:
             self._publish(touched)
         soonest = now_ns + int(HEARTBEAT_SECONDS * NS)
-        return min(soonest, self._tasks[0].due_ns) if self._tasks else soonest
+        return min(soonest, self._tasks[0][0]) if self._tasks else soonest
 
     def _goes_on(self, task: _Task) -> bool:
         """Return whether a task that just ran is to run again."""
@@ -683,9 +761,10 @@ class Sampler:
 
     def _hurry(self, account: _DeviceAccount, tier: str) -> None:
         """Let a tier of a device be read in this turn."""
-        for task in self._tasks:
+        for place, (_, _, task) in enumerate(self._tasks):
             if task.account is account and task.name == tier:
                 task.due_ns = self.source.clock.now_ns()
+                self._tasks[place] = task.row
         heapq.heapify(self._tasks)
 
     def _read_counter(self, account: _DeviceAccount) -> None:
@@ -731,6 +810,10 @@ class Sampler:
     def _read_health(self, account: _DeviceAccount) -> None:
         account.health = account.device.health()
         account.listed_memory_bytes = account.state.memory_used_bytes if account.state else None
+
+    def _read_processes(self, account: _DeviceAccount) -> None:
+        listed = account.device.processes()
+        account.listing = (self.source.clock.now_ns(), listed)
 
     # ---------------------------------------------------------------- failures
 
@@ -781,12 +864,10 @@ class Sampler:
         account.status = DeviceStatus.LOST
         account.problem = problem
         account.retry_seconds = retry_seconds
-        self._tasks = [task for task in self._tasks if task.account is not account]
+        self._forget_tasks(account)
         due_ns = self.source.clock.now_ns() + int(retry_seconds * NS)
-        self._tasks.append(
-            _Task(due_ns, next(self._order), RETURN, account, lambda: account.retry_seconds, self._try_return)
-        )
-        heapq.heapify(self._tasks)
+        task = _Task(due_ns, next(self._order), RETURN, account, lambda: account.retry_seconds, self._try_return)
+        heapq.heappush(self._tasks, task.row)
 
     def _try_return(self, account: _DeviceAccount) -> None:
         account.retry_seconds = min(max(account.retry_seconds * 2, RETRY_FIRST_SECONDS), RETRY_MOST_SECONDS)
@@ -806,7 +887,7 @@ class Sampler:
         account.problem = ""
         source = str(account.meter.source) if account.meter else None
         self._recovered(account, "GPU is back", energy_source=source)
-        self._plan_device(account, 0.0)
+        self._plan_device(account, 0)
 
     def _fails(self, account: _DeviceAccount, event: str, failure: GpuError, **fields: str | None) -> None:
         """Log that a device begins to fail, in whatever way; the end of it is one line as well."""

@@ -1,7 +1,7 @@
 """The exporter: all collectors behind one registry, and its account of itself."""
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -25,9 +25,11 @@ from jouletrace.metrics.device import device_collectors
 from jouletrace.metrics.diagnosis import diagnosis_collectors
 from jouletrace.metrics.ledger import ledger_collectors
 from jouletrace.metrics.otlp import TeeCollector
+from jouletrace.metrics.workloads import WorkloadCollector
 from jouletrace.requests.account import LedgerSnapshot
 from jouletrace.requests.inbox import Events
 from jouletrace.snapshot import DeviceStatus, NodeSnapshot
+from jouletrace.workloads.service import WorkloadSnapshot
 
 MAX_DRIVER_ERRORS = 256
 """Pairs of driver call and return code with a series of their own. jouletrace makes about 30 different calls
@@ -122,6 +124,23 @@ class BuildCollector:
         yield result
 
 
+class ReloadCollector:
+    """Whether files that change while the daemon runs are in force as they are now."""
+
+    name = "reload"
+    metrics = (names.FILE_RELOAD_SUCCESS,)
+
+    def __init__(self, reloads: Callable[[], Mapping[str, bool]]) -> None:
+        self._reloads = reloads
+
+    def collect(self, scrape: Scrape) -> Iterable[Metric]:
+        """Return the family, with a series for each key that names files."""
+        result = family(names.FILE_RELOAD_SUCCESS)
+        for key, is_current in self._reloads().items():
+            result.add_metric((key,), 1 if is_current else 0)
+        yield result
+
+
 class Exporter:
     """All collectors as one collector of prometheus_client, so that a scrape sees one snapshot.
 
@@ -187,6 +206,8 @@ def node_collectors(
     events: Callable[[], Events] = Events,
     diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
     tee: Callable[[], TeeCounts | None] = lambda: None,
+    workloads: Callable[[], WorkloadSnapshot] = WorkloadSnapshot,
+    reloads: Callable[[], Mapping[str, bool]] = dict,
 ) -> tuple[Collector, ...]:
     """Return all collectors of the node, in the order of the page."""
     build = BuildCollector(jouletrace.__version__, platform.python_version())
@@ -196,8 +217,10 @@ def node_collectors(
         *ledger_collectors(account, events),
         TeeCollector(tee),
         *diagnosis_collectors(diagnosis, account),
+        WorkloadCollector(workloads),
         SourceCollector(),
         SamplerCollector(),
+        ReloadCollector(reloads),
     )
 
 
@@ -211,17 +234,20 @@ def node_registry(
     events: Callable[[], Events] = Events,
     diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
     tee: Callable[[], TeeCounts | None] = lambda: None,
+    workloads: Callable[[], WorkloadSnapshot] = WorkloadSnapshot,
+    reloads: Callable[[], Mapping[str, bool]] = dict,
 ) -> CollectorRegistry:
     """Return a registry that serves the node's metrics and those of this process.
 
     `now_ns` is the clock of the snapshot's times; `account` and `events` are the ledger's, `diagnosis` is the
-    diagnosis' snapshot; `tee` says what became of spans that are passed on. Readings are taken for
-    old, and are not served, once the sampler's heart has not beaten for `stale_after_seconds`.
+    diagnosis' snapshot; `tee` says what became of spans that are passed on, `workloads` who runs on the GPUs,
+    `reloads` which keys' files are in force as they are. Readings are taken for old, and are not served, once the
+    sampler's heart has not beaten for `stale_after_seconds`.
     """
     registry = CollectorRegistry(auto_describe=True)
     exporter = Exporter(
         snapshot,
-        node_collectors(account, events, diagnosis, tee),
+        node_collectors(account, events, diagnosis, tee, workloads, reloads),
         now_ns=now_ns,
         heartbeat_age_seconds=heartbeat_age_seconds,
         stale_after_seconds=stale_after_seconds,

@@ -496,6 +496,63 @@ DIAGNOSIS = (
     WASTED_ENERGY_JOULES,
 )
 
+GPU_PROCESS_INFO = Metric(
+    "jouletrace_gpu_process_info",
+    "gauge",
+    "A workload with processes on the GPU, as labels; the value is always 1. What does not apply or is not known is "
+    "empty: pod and namespace stay empty beside a pod_uid until the name is certain. container is the name in a pod, "
+    "container_id the first 12 digits. The first 64 workloads of a GPU have a series of their own, the rest is one "
+    "with process_name other. Absent unless workloads.processes is on.",
+    (
+        *_DEVICE,
+        "process_name",
+        "namespace",
+        "pod",
+        "container",
+        "pod_uid",
+        "container_id",
+        "unit",
+        "slurm_job",
+    ),
+)
+GPU_PROCESSES = Metric(
+    "jouletrace_gpu_processes",
+    "gauge",
+    "Processes that hold a context on the GPU. Absent unless workloads.processes is on.",
+    _DEVICE,
+)
+POD_ENERGY_JOULES = Metric(
+    "jouletrace_pod_energy_joules_total",
+    "counter",
+    "Energy of the GPU in joules by the pod whose processes held it, idle energy included; where several do, by the SM "
+    "time of their processes, which is a model. The row with empty names has what runs outside of pods, pods whose "
+    "names are not known, and the time without any process. Summed over all rows it grows as "
+    "jouletrace_gpu_energy_joules_total, up to 12 s later. A row goes a minute after its pod and begins at 0 if it "
+    "returns. Beyond 64 pods at a time on a GPU the rest is other. Absent unless workloads.pods is on.",
+    (*_DEVICE, "namespace", "pod", "container"),
+)
+KUBELET_ANSWER_AGE_SECONDS = Metric(
+    "jouletrace_kubelet_answer_age_seconds",
+    "gauge",
+    "Time since the kubelet last said which pods hold which devices; it is asked when a pod comes that is not known, "
+    "and every 30 s. Absent before its first answer and unless workloads.pods is on.",
+)
+KUBELET_ERRORS = Metric(
+    "jouletrace_kubelet_errors_total",
+    "counter",
+    "Questions to the kubelet that it did not answer, by gRPC's name of the reason (UNAVAILABLE: nobody listens at "
+    "workloads.pod_resources_socket).",
+    ("code",),
+)
+
+WORKLOADS = (
+    GPU_PROCESS_INFO,
+    GPU_PROCESSES,
+    POD_ENERGY_JOULES,
+    KUBELET_ANSWER_AGE_SECONDS,
+    KUBELET_ERRORS,
+)
+
 BUILD_INFO = Metric(
     "jouletrace_build_info",
     "gauge",
@@ -573,6 +630,14 @@ SAMPLER_STRETCH_RATIO = Metric(
     "gauge",
     "Factor by which the sampler has lengthened its intervals to stay within its CPU budget; 1 means as configured.",
 )
+FILE_RELOAD_SUCCESS = Metric(
+    "jouletrace_file_reload_success",
+    "gauge",
+    "1 when the files of this configuration key, which are re-read when they change, are in force as they are now; 0 "
+    "when they are wrong and what they said before stays in force; the log has the cause.",
+    ("key",),
+    ("web.config.file", "ingest.token_file", "engines.targets"),
+)
 COLLECTOR_SUCCESS = Metric(
     "jouletrace_collector_success",
     "gauge",
@@ -593,10 +658,11 @@ SELF = (
     DRIVER_ERRORS,
     SAMPLER_CPU_SECONDS,
     SAMPLER_STRETCH_RATIO,
+    FILE_RELOAD_SUCCESS,
     COLLECTOR_SUCCESS,
 )
 
-ALL = (*DEVICE, *LEDGER, *DIAGNOSIS, *SELF)
+ALL = (*DEVICE, *LEDGER, *DIAGNOSIS, *WORKLOADS, *SELF)
 
 _PREAMBLE = """\
 # Metrics
@@ -644,6 +710,7 @@ def reference_markdown() -> str:
         _table("GPUs", DEVICE),
         _table("Requests", LEDGER),
         _table("Diagnosis", DIAGNOSIS),
+        _table("Workloads", WORKLOADS),
         _table("The exporter itself", SELF),
         _PROCESS,
     ]

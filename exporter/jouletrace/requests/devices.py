@@ -1,7 +1,8 @@
 """What the ledger knows of a device while it settles: energy over time, and whether anybody held it or worked on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -30,12 +31,11 @@ class BusyTrack:
 
     end_ns: Int64s
     busy: Bools
+    spacing_ns: int = field(init=False)
+    """How far apart the latest readings are, their median; 0 for fewer than two. A pass asks for it a dozen times."""
 
-    @property
-    def spacing_ns(self) -> int:
-        """How far apart the latest readings are; 0 for fewer than two."""
-        recent = np.diff(self.end_ns[-_RECENT_ROWS:])
-        return int(np.median(recent)) if len(recent) else 0
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spacing_ns", _median_spacing_ns(self.end_ns[-_RECENT_ROWS:].tolist()))
 
     @property
     def blur_ns(self) -> int:
@@ -74,6 +74,12 @@ class BusyTrack:
         times = np.concatenate((turns - self.blur_ns, turns, turns + self.blur_ns, [self.known_until_ns]))
         inside: Int64s = times[(times >= from_ns) & (times <= until_ns)]
         return inside
+
+
+def _median_spacing_ns(times_ns: list[int]) -> int:
+    spacings = sorted(later - earlier for earlier, later in pairwise(times_ns))
+    middle = len(spacings) // 2
+    return (spacings[middle] + spacings[~middle]) // 2 if spacings else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -142,6 +142,8 @@ class Engine:
     def __init__(self, number: int, record: EngineRecord, book: LawBook, settled_ns: int) -> None:
         self.number = number
         self.settled_ns = settled_ns
+        self.tenant = ""
+        """Who pays for requests that name nobody."""
         self.ids: dict[str, Inference] = {}
         """The newest life of each request id."""
         self.superseded: dict[str, list[Inference]] = {}

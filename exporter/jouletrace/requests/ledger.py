@@ -189,6 +189,10 @@ class Ledger:
         """Take over where a known engine runs; that is no sign of life of it."""
         self._engines[record.engine_id].describe(record, self._laws)
 
+    def name_payer(self, engine_id: str, tenant: str) -> None:
+        """Let a tenant pay for what a known engine's requests use from now on, where they name nobody."""
+        self._engines[engine_id].tenant = tenant
+
     def use_laws(self, laws: LawBook) -> None:
         """Take other laws for all that is not settled yet."""
         self._laws = laws
@@ -398,11 +402,11 @@ class Ledger:
         else:
             self._lose(engine, joules)
         for share in shares:
-            number = np.array([self._accounts.number(share.model, "", engine.engine_id)])
+            number = np.array([self._accounts.number(share.model, engine.tenant, engine.engine_id)])
             self._accounts.add(number, np.array([joules * share.prefill]), np.array([joules * share.decode]))
         parts = [part for load in loads for part in load.models]
         for part in parts:
-            model, tenant, _ = self._accounts.keys[self._accounts.number(part.model, "", engine.engine_id)]
+            model, tenant, _ = self._accounts.keys[self._accounts.number(part.model, engine.tenant, engine.engine_id)]
             self._tally.count_work(model, tenant, part.usage)
         engine.count_ended([part.usage for part in parts], joules if shares else 0.0, requests=0)
 
@@ -527,7 +531,7 @@ class Ledger:
     def _nobody(self, engine: Engine) -> tuple[str, str]:
         """Return the model and tenant that bear idle energy of an engine that has served nobody yet."""
         models = engine.record.models
-        return models[0] if models else UNKNOWN_MODEL, ""
+        return models[0] if models else UNKNOWN_MODEL, engine.tenant
 
     def _charge(self) -> None:
         """Charge what requests have collected to their accounts."""
@@ -556,7 +560,7 @@ class Ledger:
         if model is None and inference.status is not Status.RUNNING:
             model = UNKNOWN_MODEL
         if model is not None:
-            number = self._accounts.number(model, inference.tenant or "", engine.engine_id)
+            number = self._accounts.number(model, inference.tenant or engine.tenant, engine.engine_id)
             self._table.account[inference.slot] = number
             # One string for all requests of an account: each record brings its own.
             model, tenant, _ = self._accounts.keys[number]

@@ -53,7 +53,7 @@ def share_device(
     time but has told nothing for minutes keeps its part: nobody else's requests used it.
     """
     end_ns = max(begin_ns, min(until_ns, view.timeline.end_ns))
-    energies = view.timeline.energies_at(np.clip(edges, begin_ns, end_ns))
+    energies = view.timeline.energies_at(np.minimum(np.maximum(edges, begin_ns), end_ns))
     used: Float64s = np.maximum(np.diff(energies), 0.0)
     given, silent = _by_owner(used, owners)
     taken = sum((*given, *silent), start=np.zeros(len(used)))
@@ -99,8 +99,10 @@ def slices(known: Sequence[Int64s], views: Sequence[DeviceView], from_ns: int, u
     """Return all times from from_ns to until_ns at which something may change, sorted: the edges of the slices."""
     times = [np.array([from_ns, until_ns], np.int64), *known]
     times += [view.busy.changes(from_ns, until_ns) for view in views if view.busy is not None]
-    edges: Int64s = np.unique(np.clip(np.concatenate(times), from_ns, until_ns))
-    return edges
+    # What np.unique(np.clip()) returns, which takes three times as long on the few of a quiet pass.
+    edges: Int64s = np.minimum(np.maximum(np.concatenate(times), from_ns), until_ns)
+    edges.sort()
+    return edges[np.concatenate(([True], edges[1:] > edges[:-1]))]
 
 
 def any_busy(tracks: Sequence[BusyTrack | None], times_ns: Int64s) -> Bools | None:

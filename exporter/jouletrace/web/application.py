@@ -86,12 +86,13 @@ def application(
     telemetry_path: str = "/metrics",
     max_concurrent_scrapes: int = 4,
     max_body_bytes: int = 1024 * 1024,
+    with_live_page: bool = True,
 ) -> web.Application:
     """Return the application; none of its handlers ever waits for the driver.
 
     `snapshot` and `readiness` are called for each request on the event loop; `registry` is collected in a
     thread. `/-/healthy` says only that the event loop runs: a hanging driver is no reason to kill the
-    process, which could not die before the driver lets go of it.
+    process, which could not die before the driver lets go of it. Without the live page metrics and health are left.
     """
     metrics = MetricsPage(registry, max_concurrent_scrapes)
 
@@ -107,7 +108,8 @@ def application(
     app.router.add_get(telemetry_path, metrics.get)
     app.router.add_get("/-/healthy", healthy)
     app.router.add_get("/-/ready", ready)
-    app.add_routes(LivePage(snapshot, readiness, telemetry_path).routes())
+    if with_live_page:
+        app.add_routes(LivePage(snapshot, readiness, telemetry_path).routes())
     app.on_response_prepare.append(_add_headers)
     app.on_cleanup.append(metrics.close)
     return app

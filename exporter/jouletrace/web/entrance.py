@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ BODY_SECONDS: Final = 30.0
 BODIES_BYTES: Final = 64 << 20
 """All bodies that are being received or decoded together; past it clients are asked to wait."""
 RETRY_SECONDS: Final = 1
+FORWARDED: Final = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
+"""Headers of which a proxy sends one or another (RFC 7239, RFC 9110 section 7.6.3, and the habits of nginx and Envoy):
+whoever asked it may be anywhere, though the proxy is on this machine."""
 PEERS: Final = 256
 """Addresses and Host headers of which is remembered whether they are this machine's."""
 
@@ -62,16 +66,16 @@ class Entrance:
         """Whether clients must send a token."""
         return self._token is not None
 
+    def use_token(self, token: str) -> None:
+        """Ask for another token from now on. There is no way back to none."""
+        self._token = token.encode()
+
     def refusal(self, request: web.Request) -> Problem | None:
         """Return why this client is not served, None for one that is."""
         if hdrs.ORIGIN in request.headers:
             # A page in somebody's browser on this machine would count as a client on this machine.
             return Problem(403, "Web pages of other origins are not answered here; remove the Origin header.")
-        transport = request.transport
-        peer = None if transport is None else transport.get_extra_info("peername")
-        refusal = self.stranger(
-            str(peer[0]) if isinstance(peer, tuple) else "", request.headers.get(hdrs.AUTHORIZATION, "")
-        )
+        refusal = self.stranger(_address_of(request.transport), request.headers)
         if refusal is None and self._token is None and not names_loopback(request.headers.get(hdrs.HOST, "")):
             # A page whose name was made to point at this machine (DNS rebinding) sends no Origin with a GET.
             return Problem(
@@ -81,16 +85,25 @@ class Entrance:
             )
         return refusal
 
-    def stranger(self, address: str, authorization: str) -> Problem | None:
-        """Return why a client from this address with this Authorization is not served, None for one that is."""
+    def stranger(self, address: str, headers: Mapping[str, str]) -> Problem | None:
+        """Return why a client from this address is not served, None for one that is.
+
+        `headers` takes names in lower case, as gRPC's metadata does.
+        """
         if self._token is None:
             if is_loopback(address):
-                return None
+                if not any(name in headers for name in FORWARDED):
+                    return None
+                return Problem(
+                    403,
+                    "A proxy has passed this on, and who asked it may be anywhere; ask without the proxy, or set "
+                    "ingest.token_file and send the token.",
+                )
             return Problem(
                 403,
                 "Only clients on this machine are answered; set ingest.token_file to let others in, with the token.",
             )
-        if self.has_token(authorization):
+        if self.has_token(headers.get("authorization", "")):
             return None
         return Problem(
             401,
@@ -153,12 +166,28 @@ class Entrance:
                 packed_body.check_end()
         except TimeoutError:
             return Problem(408, f"The body did not come within {self._body_seconds:g} s; send it at once.")
+        except ConnectionError:
+            return Problem(408, "The connection ended before the body did; send this again.")
+        except web.RequestPayloadError:
+            return Problem(
+                400, "The body's chunks are not as HTTP has them; send it again, with its length or chunked."
+            )
         except zlib.error:
             return Problem(400, "The body cannot be unpacked: it is damaged or not gzip, as its Content-Encoding says.")
         finally:
             self._body_bytes -= held
         content = b"".join(parts)
         return Body(content, content if packed_body is None else b"".join(sent))
+
+
+def _address_of(transport: asyncio.BaseTransport | None) -> str:
+    """Return a client's IP address, empty for one that has gone; one on a Unix socket is a client on this machine."""
+    if transport is None:
+        return ""
+    listening, peer = transport.get_extra_info("socket"), transport.get_extra_info("peername")
+    if listening is not None and listening.family == socket.AF_UNIX:
+        return "127.0.0.1"
+    return str(peer[0]) if isinstance(peer, tuple) else ""
 
 
 class _Gunzip:

@@ -88,7 +88,7 @@ def _paths(telemetry_path: str) -> dict[str, Any]:
                 {200: _answer("Yes.", _media(_TEXT)), 503: _answer("No, and why.", _media(_TEXT))},
             )
         },
-        "/v1/live": {"get": _read("What the live page shows, as server-sent events.", _media("text/event-stream"))},
+        "/v1/live": {"get": _live()},
         "/v1/schema": {
             "get": _operation(
                 "The JSON Schema of records.",
@@ -169,6 +169,19 @@ _REFUSED_BODIES: Final = {
     415: "An unknown encoding.",
     429: "The queue is full: come again.",
 }
+
+
+def _live() -> dict[str, Any]:
+    """Return the live monitor's stream. OpenAPI 3.1 has no schema for events; docs/live.md says what is in each."""
+    errors = _json(_reference("ErrorAnswer"))
+    operation = _read("What the live page shows, as server-sent events.", _media("text/event-stream"))
+    operation["responses"]["200"]["description"] = (
+        "A stream that does not end. Each event is a line `event: NAME`, a line `data: JSON` and an empty line: `hello` "
+        "once, then each second `trace`, `drivers`, `node` and, for clients on this machine or with the token, "
+        "`requests`. The first `trace` and `drivers` go a minute back."
+    )
+    operation["responses"]["503"] = _answer("Too many look already: come again after Retry-After seconds.", errors)
+    return operation
 
 
 def _read(summary: str, media: Mapping[str, Any], more: Mapping[int, str] | None = None) -> dict[str, Any]:

@@ -36,7 +36,8 @@ WAITING: Final = 8
 """Logins that may wait for the thread: half a second at cost 10."""
 HOLD_SECONDS: Final = 1.0
 """How long a login beyond these limits waits for its refusal: a guesser with 256 connections gets 256 a second.
-Answered at once, 2,500 a second kept scrapes waiting for 68 ms (p99)."""
+Answered at once, 2,500 a second kept scrapes waiting for 68 ms (p99). Refusals that wait are let go one after another,
+not all that came together: else they come together again, and a scrape waits for 250 of them."""
 HELD: Final = 384
 """Logins that are kept waiting so, of the 512 connections; others find room in the rest."""
 ORIGINS: Final = 4096
@@ -101,6 +102,8 @@ class Passwords:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bcrypt", initializer=_stand_back)
         self._waiting = 0
         self._held = 0
+        self._let_go_at = 0.0
+        """When the last of those that are held is answered."""
         self._spare: dict[int, str] = {}
         self._now = now
         self._untold = 0
@@ -144,8 +147,10 @@ class Passwords:
     async def _after_a_while(self, problem: Problem) -> Problem:
         if self._held < HELD:
             self._held += 1
+            now = self._now()
+            self._let_go_at = max(now + HOLD_SECONDS, self._let_go_at + HOLD_SECONDS / HELD)
             try:
-                await asyncio.sleep(HOLD_SECONDS)
+                await asyncio.sleep(self._let_go_at - now)
             finally:
                 self._held -= 1
         return problem

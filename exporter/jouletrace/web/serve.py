@@ -8,14 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.web_protocol import RequestHandler
 
-from jouletrace.config import split_address
+from jouletrace.config import split_address, unix_path
 from jouletrace.logs import Transitions
+from jouletrace.unix_sockets import MODES, bound, remove
 from jouletrace.web.application import SERVER_NAME
 from jouletrace.web.entrance import origin_of
 
@@ -31,6 +33,8 @@ COMPLAINT_SECONDS: Final = 60.0
 """Connections that are closed for being too many are logged at most this often."""
 TLS_SHUTDOWN_SECONDS: Final = 5.0
 """Time that a client gets to say goodbye."""
+
+_UNIX: Final = "unix"
 
 _log = structlog.get_logger(__name__)
 
@@ -67,17 +71,22 @@ class WebServer:
         cancels_handlers: bool = False,
         tls: Callable[[], ssl.SSLContext | None] = lambda: None,
         limits: Limits = Limits(),
+        socket_mode: int = MODES["group"],
     ) -> None:
         """`cancels_handlers`: whether a client that goes ends the answering of its request, too.
 
-        `tls` is asked at each new connection: a rotated certificate needs no new socket.
+        `tls` is asked at each new TCP connection: a rotated certificate needs no new socket. What goes over a Unix
+        socket leaves no machine: its mode, `socket_mode`, says who may connect.
         """
         self._runner = web.AppRunner(app, shutdown_timeout=shutdown_seconds, handler_cancellation=cancels_handlers)
         self._address_flag = address_flag
         self._tls = tls
         self._limits = limits
+        self._socket_mode = socket_mode
         self._keep_alive_seconds = KEEP_ALIVE_SECONDS
         self._sockets: list[socket.socket] = []
+        self._own_paths: list[Path] = []
+        """Files of Unix sockets that are removed at the end; those of passed sockets are somebody else's."""
         self._accepting: list[asyncio.Task[None]] = []
         self._arriving: set[asyncio.Task[None]] = set()
         self._connections: Counter[str] = Counter()
@@ -87,9 +96,14 @@ class WebServer:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Return the base URL of each socket, with the real port where 0 was asked for."""
+        """Return the base URL of each TCP socket, with the real port where 0 was asked for."""
         scheme = "http" if self._tls() is None else "https"
-        return tuple(f"{scheme}://{_name(sock)}" for sock in self._sockets)
+        return tuple(f"{scheme}://{_name(sock)}" for sock in self._sockets if sock.family != socket.AF_UNIX)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Return the path of each Unix socket."""
+        return tuple(str(sock.getsockname()) for sock in self._sockets if sock.family == socket.AF_UNIX)
 
     async def start(
         self,
@@ -98,16 +112,17 @@ class WebServer:
         passed: Sequence[socket.socket] = (),
         keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        """Listen on all addresses (such as `:9841`, `[::1]:9841`) or, raising ListenError, on none.
+        """Listen on all addresses (such as `:9841`, `[::1]:9841`, `unix:/run/jouletrace/web.sock`) or on none.
 
-        `passed` are TCP sockets that listen already; they are served, too.
+        Raises ListenError, SocketError for a Unix socket. `passed` are sockets that listen already; they are served,
+        too.
         """
         await self._runner.setup()
         self._keep_alive_seconds = keep_alive_seconds
         self._sockets += passed
         try:
             for address in addresses:
-                self._sockets += await _open(address, self._address_flag)
+                self._sockets += await self._open(address)
         except BaseException:
             await self.stop()
             raise
@@ -124,9 +139,21 @@ class WebServer:
             await asyncio.wait(tasks)
         for sock in self._sockets:
             sock.close()
+        for path in self._own_paths:
+            remove(path)
         await self._runner.cleanup()
         self._sockets.clear()
+        self._own_paths.clear()
         self._accepting.clear()
+
+    async def _open(self, address: str) -> list[socket.socket]:
+        path = unix_path(address)
+        if path is None:
+            return await _open_tcp(address, self._address_flag)
+        sock = bound(path, socket.SOCK_STREAM, self._socket_mode)
+        self._own_paths.append(path)
+        sock.listen()
+        return [sock]
 
     async def _accept(self, listening: socket.socket) -> None:
         """Take connections one by one. asyncio's own server counts none before its TLS handshake is done."""
@@ -141,7 +168,8 @@ class WebServer:
                 await asyncio.sleep(RETRY_ACCEPT_SECONDS)
                 continue
             self._failures.recovered("accept", "connections are accepted again")
-            self._admit(sock, origin_of(str(address[0])))
+            # Clients on a Unix socket count together, whatever they call themselves.
+            self._admit(sock, _UNIX if sock.family == socket.AF_UNIX else origin_of(str(address[0])))
             # A flood of connections takes turns with everybody else.
             await asyncio.sleep(0)
 
@@ -155,7 +183,8 @@ class WebServer:
             sock.close()
             self._complain(origin)
             return
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.silent_seconds * 1000))
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.silent_seconds * 1000))
         self._connections[origin] += 1
 
         def left() -> None:
@@ -188,7 +217,7 @@ class WebServer:
         task.add_done_callback(arrived)
 
     async def _connect(self, sock: socket.socket, connection: "_Connection") -> None:
-        context = self._tls()
+        context = None if sock.family == socket.AF_UNIX else self._tls()
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection,
@@ -280,7 +309,7 @@ _HEAD_TOO_LARGE: Final = (
 )
 
 
-async def _open(address: str, flag: str) -> list[socket.socket]:
+async def _open_tcp(address: str, flag: str) -> list[socket.socket]:
     host, port = split_address(address)
     if host is None:
         return [_bind_everywhere(address, port, flag)]

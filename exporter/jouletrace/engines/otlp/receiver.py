@@ -30,7 +30,8 @@ from jouletrace.requests.admission import Admission
 from jouletrace.requests.decoding import Check
 from jouletrace.requests.inbox import Inbox, Loss, Origin
 from jouletrace.requests.records import EngineRecord, Record, RecordError, Role
-from jouletrace.web.application import errors
+from jouletrace.web.access import Access
+from jouletrace.web.application import api_application
 from jouletrace.web.entrance import RETRY_SECONDS, Entrance, Problem
 from jouletrace.web.serve import WebServer
 
@@ -194,7 +195,7 @@ class _Listening(Protocol):
     @property
     def ports(self) -> Sequence[int]: ...
 
-    async def start(self) -> None: ...
+    async def start(self, access: Access) -> None: ...
 
     async def stop(self) -> None: ...
 
@@ -248,19 +249,22 @@ class OtlpReceiver:
         """The ports of gRPC, with the real one where 0 was asked for."""
         return () if self._grpc is None else self._grpc.ports
 
-    async def start(self) -> None:
-        """Listen and begin to pass on; raises ListenError."""
+    async def start(self, access: Access) -> None:
+        """Listen and begin to pass on; raises ListenError and ConfigError.
+
+        `access` says what TLS the listeners speak and which certificates they ask for.
+        """
         if self._tee is not None:
             await self._tee.start()
         if self._config.listen_address:
-            app = web.Application(middlewares=[errors])
-            app.add_routes(self.routes())
-            self._server = WebServer(app, address_flag="--otlp.listen-address")
+            app = api_application(self.routes())
+            access.guard(app, own_rules=self.routes())
+            self._server = WebServer(app, tls=lambda: access.tls, address_flag="--otlp.listen-address")
             await self._server.start(self._config.listen_address)
             for url in self._server.urls:
                 _log.info("receiving spans", endpoint=f"{url}{PATH}")
         if self._grpc is not None:
-            await self._grpc.start()
+            await self._grpc.start(access)
 
     async def stop(self) -> None:
         """Take no more, and pass on what is left if the collector takes it."""

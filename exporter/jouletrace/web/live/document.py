@@ -11,10 +11,13 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from jouletrace.clock import Clock
+from jouletrace.diagnosis.drivers import Driver
 from jouletrace.diagnosis.node import DeviceFinding, DiagnosisSnapshot, EngineFinding
-from jouletrace.energy.timeline import Timeline
+from jouletrace.energy.meter import GUESS_LONGEST_NS
+from jouletrace.energy.timeline import Float64s, Int64s, Timeline
 from jouletrace.requests.account import EngineState, LedgerSnapshot, RequestEnergy
 from jouletrace.snapshot import DeviceSnapshot, DeviceStatus, NodeSnapshot
 from jouletrace.web.health import Readiness
@@ -24,6 +27,7 @@ WINDOW_SECONDS: Final = 60.0
 POINTS_PER_SECOND: Final = 50
 """Most points of a trace: the power ring's rate. A denser timeline is thinned out, each point a mean over more."""
 NS_PER_MS: Final = 1_000_000
+Bools = npt.NDArray[np.bool_]
 _NO_STATE: Final = EngineState()
 
 
@@ -71,7 +75,8 @@ def node_document(moment: Moment, clock: Clock) -> dict[str, Any]:
 def trace(timeline: Timeline, after_ns: int, clock: Clock) -> tuple[dict[str, Any] | None, int]:
     """Return what a timeline has got since a time, None for nothing, and up to when it goes (ns).
 
-    Each point is the mean power between two nodes of E(t), so leaving nodes out loses no energy.
+    Each point is the mean power between two nodes of E(t), so leaving nodes out loses no energy. It is null for a time
+    of which the meter knows nothing, which has no energy in the timeline.
     """
     times, joules = timeline.nodes()
     first = max(int(times.searchsorted(after_ns, "right")) - 1, 0)
@@ -81,20 +86,32 @@ def trace(timeline: Timeline, after_ns: int, clock: Clock) -> tuple[dict[str, An
     span_seconds = float(times[-1] - times[0]) / 1e9
     stride = int(np.ceil((len(times) - 1) / max(POINTS_PER_SECOND * span_seconds * 1.5, 1.0)))
     if stride > 1:
-        # Counted from the newest node, which must be in it: the next call goes on from there.
-        kept = np.arange(len(times) - 1, -1, -stride)[::-1]
-        kept = kept if kept[0] == 0 else np.concatenate(([0], kept))
+        # Counted from the newest node, which must be in it: the next call goes on from there. So must be what bounds
+        # an unknown time.
+        unknown = _unknown(times, joules).nonzero()[0]
+        kept = np.unique(
+            np.concatenate(([0], unknown, unknown + 1, np.arange(len(times) - 1, -1, -stride, dtype=np.int64)))
+        )
         times, joules = times[kept], joules[kept]
     shift_ns = clock.to_wall(int(times[0])) - int(times[0])
     watts = np.diff(joules) / np.diff(times) * 1e9
+    told: list[int | None] = np.rint(watts).astype(np.int64).tolist()
+    for place in _unknown(times, joules).nonzero()[0].tolist():
+        told[place] = None
     # Rounded before the differences are taken: the steps then add up, however many there are.
     edges_ms = np.rint((times + shift_ns) / NS_PER_MS).astype(np.int64)
     content = {
         "start_ms": int(edges_ms[0]),
         "steps_ms": np.diff(edges_ms).tolist(),
-        "watts": np.rint(watts).astype(np.int64).tolist(),
+        "watts": told,
     }
     return content, int(times[-1])
+
+
+def _unknown(times: Int64s, joules: Float64s) -> Bools:
+    """Return of each segment whether it is one of those to which the meter gives 0 J, for want of readings."""
+    unknown: Bools = (np.diff(times) > GUESS_LONGEST_NS) & (np.diff(joules) == 0)
+    return unknown
 
 
 def requests_document(
@@ -166,8 +183,6 @@ def _drivers(found: DeviceFinding, clock: Clock) -> dict[str, Any]:
         "end_ms": _ms(found.end_ns, clock),
         "confidence": found.driver_confidence,
         "watts": {str(driver): round(watts, 2) for driver, watts in found.driver_watts.items()},
-        # Totals: their differences are right also when two evaluations fall between two rounds.
-        "joules": {str(driver): round(joules, 2) for driver, joules in found.driver_joules.items()},
     }
 
 
@@ -258,6 +273,29 @@ def traces(
         found, until_ns[uuid] = trace(timeline, max(after_ns.get(uuid, 0), earliest_ns), clock)
         if found is not None:
             content[uuid] = found
+    return content, until_ns
+
+
+def driver_pieces(
+    findings: Iterable[DeviceFinding], after_ns: Mapping[str, int], now_ns: int, clock: Clock
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return, as `traces` does, what the power went to in the spans that have ended since.
+
+    By uuid: edges of the spans, and by driver the mean watts of each.
+    """
+    earliest_ns = now_ns - int(WINDOW_SECONDS * 1e9)
+    content: dict[str, Any] = {}
+    until_ns: dict[str, int] = {}
+    for found in findings:
+        after = max(after_ns.get(found.uuid, 0), earliest_ns)
+        spans = [span for span in found.recent if span.end_ns > after]
+        if spans:
+            until_ns[found.uuid] = spans[-1].end_ns
+            content[found.uuid] = {
+                "starts_ms": [_ms(span.start_ns, clock) for span in spans],
+                "ends_ms": [_ms(span.end_ns, clock) for span in spans],
+                "watts": {str(driver): [round(span.watts[driver], 1) for span in spans] for driver in Driver},
+            }
     return content, until_ns
 
 

@@ -43,7 +43,8 @@ GPU: Final = (
         "Power trace",
         names.GPU_ENERGY_JOULES,
         "The last minute of power, in watts: each point is the mean over one sample of the sensor in use (20 ms on "
-        "Hopper), so that the area under the line is the energy; it runs two to three seconds behind.",
+        "Hopper), so that the area under the line is the energy; it runs two to three seconds behind, and has a gap "
+        "where nobody knows.",
     ),
     Figure(
         "source",
@@ -90,6 +91,7 @@ ENGINES: Final = (
     Figure("in_flight", "In flight", names.REQUESTS_IN_FLIGHT),
     Figure("queue", "Running and waiting", names.ENGINE_QUEUE_REQUESTS),
     Figure("cause", "Cause", names.ENGINE_CAUSE, "Why the engine's joules per token are above their best."),
+    Figure("cause_confidence", "Confidence", None, "How far to trust the cause, 0 to 1."),
     Figure(
         "advice", "Advice", None, "What would lower the engine's joules per token, with the figure that it rests on."
     ),
@@ -109,6 +111,13 @@ ENGINES: Final = (
         "The batch at which half of a step's energy is fixed, a / b of the step-energy law: under it, tokens are dear.",
     ),
     Figure("coverage", "Coverage", names.ATTRIBUTION_COVERAGE_RATIO),
+    Figure(
+        "reference",
+        "Measured elsewhere",
+        names.ENGINE_REFERENCE_UNIT_ENERGY_JOULES,
+        "Joules per token that the ML.ENERGY benchmark measured for the same model at a like batch, and on which GPU.",
+    ),
+    Figure("gpus", "GPUs", None, "The GPUs that the engine holds, by index."),
 )
 
 REQUESTS: Final = (
@@ -120,6 +129,7 @@ REQUESTS: Final = (
         "once its end is settled.",
     ),
     Figure("bounds", "Bounds", None, "The least and the most that the request may have used, by sensor and method."),
+    Figure("phases", "Prefill, decode", None, "The request's joules by phase: for its prompt, and for its output."),
     Figure("joules_per_token", "J per token", None, "The request's joules over its output tokens."),
     Figure(
         "method",
@@ -127,12 +137,17 @@ REQUESTS: Final = (
         None,
         "How the joules were found: by the engine's steps, by counts of steps, or by the request's boundaries alone.",
     ),
+    Figure(
+        "took", "Took, running for", None, "Time from the request's arrival to its end; to now, while it is in flight."
+    ),
+    Figure("ended_ago", "Ago", None, "Time since the request's end."),
 )
 
 NODE: Final = (
     Figure("node_power", "Power now", names.GPU_POWER_WATTS, "Newest power of all GPUs that can be read, in watts."),
     Figure("node_limit", "of the limits", names.GPU_POWER_LIMIT_WATTS, "Sum of the power limits of those GPUs."),
     Figure("node_requests", "Requests in flight", names.REQUESTS_IN_FLIGHT),
+    Figure("node_ended", "ended", names.REQUESTS, "Requests that have ended, finished or not."),
     Figure("attributed", "Used by requests", names.ATTRIBUTED_ENERGY_JOULES),
     Figure(
         "pending",
@@ -147,6 +162,7 @@ NODE: Final = (
         names.IDLE_ENERGY_JOULES,
         "Energy while an engine held a context on the GPU and waited for work.",
     ),
+    Figure("share", "of all energy", None, "The energy above it as a part of the energy of all GPUs, in percent."),
     Figure("unattributed", "Unattributed", names.UNATTRIBUTED_ENERGY_JOULES),
     Figure("wasted", "Waste", names.WASTED_ENERGY_JOULES),
     Figure("account_age", "Account age", names.ACCOUNT_AGE_SECONDS),
@@ -172,21 +188,40 @@ Two views of the running daemon, with the same content from the same stream:
 - **In the browser**, at `/`. One page of the daemon itself: nothing to build, no request to anywhere else, and a
   content security policy that allows only its own files. Without JavaScript it is a table of the GPUs that a reload
   brings up to date.
-- **In the terminal**: `jouletrace top [URL]` (default `http://127.0.0.1:9841`). `q` ends it, `p` holds it still.
-  `--once` prints one screen, `--json` a JSON object per line and second, both together one object: for scripts.
-  It asks the daemon over HTTP; the daemon's Unix sockets only take records.
+- **In the terminal**: `jouletrace top [URL]`. `q` ends it, `p` holds it still. `--once` prints one screen, `--json` a
+  JSON object per line and second, both together one object: for scripts.
 
-![Eight GPUs, one of them lost](pictures/live-eight-gpus-1400-light.png)
+![Eight GPUs, one of them lost](pictures/live-eight-gpus-1440-light.png)
 
-More pictures: [with requests](pictures/live-1400-dark.png), [on a telephone](pictures/live-360-light.png). Drivers are
-stacked behind the power trace from the moment on at which the page was opened; the trace itself goes a minute back.
+More pictures: [one GPU, dark](pictures/live-one-gpu-1440-dark.png),
+[on a telephone](pictures/live-two-gpus-360-light.png). Drivers are stacked behind the power trace. A page that is
+opened shows the last minute of both at once.
+
+## Where `top` looks
+
+| | |
+|---|---|
+| `jouletrace top` | the socket `/run/jouletrace/web.sock` if a daemon listens there, else `http://127.0.0.1:9841` |
+| `jouletrace top unix:/PATH` | a Unix socket, one of the daemon's `web.listen_address: [":9841", "unix:/PATH"]` |
+| `jouletrace top https://HOST:PORT` | over TLS |
+
+`--ca-file` names a private certificate authority, `--cert-file` and `--key-file` the client certificate to show.
+`--token-file` sends the token of `ingest.token_file`, `--user` and `--password-file` those of the web configuration.
+Secrets come from files alone: everybody on the machine can read a command line.
+
+The socket has the mode of `ingest.socket_access` (0660 unless changed) and goes when the daemon ends. It serves what
+the port serves, by the same rules: passwords, the rate limit and the token hold. Two things differ. It speaks HTTP
+without TLS, so that its clients show no certificate, and `client_allowed_sans` refuses them all. And its clients count
+as clients on this machine wherever they run: keep it out of folders that containers mount. If engines mount
+`/run/jouletrace` for the sockets of records, choose another folder. Under systemd the socket unit says where to listen:
+`systemctl edit jouletrace.socket`, with `ListenStream=/PATH`, `SocketMode=0660` and `SocketGroup=` below `[Socket]`.
 
 ## Who sees what
 
 Power, drivers, verdicts, engines with their causes and all totals are for whoever may see `/metrics`: they are the
 same numbers. **Requests, with their ids and tenants, are for the entitled**, as everywhere in the [API](api.md):
 clients on this machine or, with `ingest.token_file`, those with the token. The page asks for the token, keeps it for
-the tab and sends it with nothing but the stream; `jouletrace top` takes `--token-file`.
+the tab and sends it with nothing but the stream.
 
 ## The stream
 
@@ -195,7 +230,8 @@ the tab and sends it with nothing but the stream; `jouletrace top` takes `--toke
 | event | data |
 |---|---|
 | `hello` | `version`, `interval_seconds`, `window_seconds`; `requests_refused`: why no requests are shown, or null |
-| `trace` | by uuid: `start_ms`, `steps_ms` (of each segment), `watts` (its mean); the whole window first, then news |
+| `trace` | by uuid: `start_ms`, `steps_ms` (of each segment), `watts` (mean or null); the window first, then news |
+| `drivers` | by uuid: `starts_ms`, `ends_ms` (of spans of a second), `watts` by driver; the window first, then news |
 | `node` | everything else: `devices`, `engines`, `account`, `problems` |
 | `requests` | `in_flight` (those of the most joules) and `settled` (the newest), 20 each; for the entitled |
 

@@ -2,7 +2,7 @@
 
 import { Stream } from "./stream.js";
 import { Playhead, Trace } from "./trace.js";
-import { DeviceCard, DRIVER_ORDER, EngineCard, NodeFigures, node, RequestTable, words, write } from "./view.js";
+import { DeviceCard, DRIVER_ORDER, duration, EngineCard, NodeFigures, node, RequestTable, words, write } from "./view.js";
 
 const ROWS = 10;
 const ANNOUNCE_SECONDS = 10; // A screen reader is told of changes at most so often,
@@ -24,7 +24,8 @@ const settled = new RequestTable("Just settled", ROWS, true);
 at("requests").append(running.element, settled.element);
 
 let windowSeconds = 60;
-let latest = null; // The newest `node`.
+let latest = null; // The newest `node`,
+let latestAt = 0; // and when it came.
 let requests = { in_flight: [], settled: [] };
 let isPaused = false;
 let wasCut = false;
@@ -42,6 +43,8 @@ function onEvent(name, data) {
     showEntitlement(data.requests_refused);
   } else if (name === "trace") {
     for (const [uuid, piece] of Object.entries(data)) traceOf(uuid).add(piece);
+  } else if (name === "drivers") {
+    for (const [uuid, piece] of Object.entries(data)) traceOf(uuid).addDrivers(piece, DRIVER_ORDER);
   } else if (name === "node") {
     onNode(data);
   } else if (name === "requests") {
@@ -57,9 +60,9 @@ function traceOf(uuid) {
 
 function onNode(data) {
   latest = data;
+  latestAt = performance.now();
   for (const device of data.devices) {
     const known = devices.get(device.uuid) ?? addDevice(device);
-    if (device.drivers) known.trace.addDrivers(device.drivers, DRIVER_ORDER);
     announceChange(known, device);
     known.limit = device.limit_watts;
   }
@@ -97,6 +100,7 @@ function showNode() {
   }
   showProblems(data.problems);
   figures.set(data);
+  at("no-gpus").hidden = data.devices.length > 0;
   for (const device of data.devices) devices.get(device.uuid).card.set(device, data.now_ms);
   showEngines(data.engines);
   undrawn = [...devices.values()];
@@ -105,7 +109,8 @@ function showNode() {
     described = performance.now();
     for (const { card, trace } of devices.values()) card.describe(trace.summary());
   }
-  document.title = `${Math.round(data.devices.reduce((sum, device) => sum + (device.watts ?? 0), 0))} W · jouletrace`;
+  const power = `${Math.round(data.devices.reduce((sum, device) => sum + (device.watts ?? 0), 0))} W`;
+  document.title = `${data.problems.length ? "Not ready" : power} · jouletrace`;
 }
 
 function showProblems(problems) {
@@ -132,9 +137,7 @@ function showEngines(list) {
     card.element.remove();
     engines.delete(id);
   }
-  let none = at("no-engines");
-  if (!none) at("engines").append((none = node("p", { id: "no-engines", class: "quiet" }, "None has told of itself.")));
-  none.hidden = list.length > 0;
+  at("no-engines").hidden = list.length > 0;
 }
 
 function showRequests() {
@@ -192,10 +195,11 @@ function frame(now) {
 // ---- the connection, in words
 
 function onState({ state, seconds, reason }) {
+  const age = latest ? ` What is shown is ${duration((performance.now() - latestAt) / 1000)} old.` : "";
   const texts = {
-    connecting: "Connecting",
+    connecting: `Connecting.${age}`,
     live: "Live",
-    waiting: `${reason}. Trying again in ${seconds} s`,
+    waiting: `${reason}.${age} Trying again in ${seconds} s`,
     stale: `No data for ${seconds} s`,
     hidden: "Paused while hidden",
   };
@@ -204,6 +208,7 @@ function onState({ state, seconds, reason }) {
   write(at("connection"), texts[state]);
   at("retry").hidden = state !== "waiting";
   document.body.toggleAttribute("data-stale", state !== "live" && latest !== null);
+  if (state !== "live" && latest) document.title = "Not live · jouletrace";
   if (state === "waiting" && before !== "waiting") announce(`${reason}. What is shown is old.`);
   if (state === "live") {
     if (wasCut) announce("Connected again.");

@@ -139,7 +139,7 @@ export class Stream {
 
 async function refusal(answer) {
   try {
-    return (await answer.json()).error.message;
+    return (await answer.json()).error.message.replace(/\.$/, "");
   } catch {
     return `The daemon answered ${answer.status}`;
   }

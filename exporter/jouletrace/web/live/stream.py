@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import structlog
@@ -17,12 +18,20 @@ from jouletrace.energy.timeline import Timeline
 from jouletrace.logs import Transitions
 from jouletrace.requests.account import RequestEnergy
 from jouletrace.web.entrance import Entrance
-from jouletrace.web.live.document import WINDOW_SECONDS, Moment, encode, node_document, requests_document, traces
+from jouletrace.web.live.document import (
+    WINDOW_SECONDS,
+    Moment,
+    driver_pieces,
+    encode,
+    node_document,
+    requests_document,
+    traces,
+)
 
 INTERVAL_SECONDS: Final = 1.0
 """As often as the power ring is harvested and the account settled: nothing new is known before."""
 MAX_VIEWERS: Final = 32
-"""Each may hold `BACKLOG` rounds (13 kB with 8 GPUs, twice that with requests) and a window's traces (165 kB)."""
+"""Each may hold `BACKLOG` rounds (15 kB with 8 GPUs, twice that with requests) and the last minute (205 kB)."""
 BACKLOG: Final = 5
 """Rounds that a viewer may be behind before it is cut off."""
 SEND_BUFFER_BYTES: Final = 256 * 1024
@@ -77,6 +86,17 @@ class _Viewer:
             self._transport.abort()
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Up to when, by uuid, traces and drivers have been sent."""
+
+    traces_ns: Mapping[str, int] = field(default_factory=dict)
+    drivers_ns: Mapping[str, int] = field(default_factory=dict)
+
+    def __or__(self, later: "_Sent") -> "_Sent":
+        return _Sent({**self.traces_ns, **later.traces_ns}, {**self.drivers_ns, **later.drivers_ns})
+
+
 class LiveStream:
     """The stream and its viewers. Collects only while somebody looks.
 
@@ -107,8 +127,7 @@ class LiveStream:
         self._rounds: asyncio.Task[None] | None = None
         self._one_at_a_time = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="live")
-        self._sent_ns: dict[str, int] = {}
-        """Up to when each trace has been sent."""
+        self._sent = _Sent()
         self._failures = Transitions(_log, time.monotonic_ns)
         self._closed = False
 
@@ -168,22 +187,16 @@ class LiveStream:
         """Return the traces of the whole window and the newest round; from then on the viewer gets every round."""
         async with self._one_at_a_time:
             if not self._viewers:
-                self._sent_ns = {}
-            moment = self._moment()
+                self._sent = _Sent()
             requests = await self._requests_round([viewer])
-            history, until_ns = await self._in_thread(self._history, moment.now_ns)
+            history, until = await self._in_thread(self._round_after, self._moment(), _Sent())
             # What was sent to the others goes on from where it was.
-            self._sent_ns = until_ns | self._sent_ns
-            node = await self._in_thread(lambda: encode("node", node_document(moment, self._clock)))
+            self._sent = until | self._sent
             self._viewers.add(viewer)
         if self._rounds is None or self._rounds.done():
             self._rounds = asyncio.create_task(self._run())
-        return b"".join((history, node, requests))
-
-    def _history(self, now_ns: int) -> tuple[bytes, dict[str, int]]:
-        timelines = [(device.uuid, device.timeline) for device in self._devices()]
-        content, until_ns = traces(timelines, {}, now_ns, self._clock)
-        return encode("trace", content), until_ns
+        whole: bytes = history + requests
+        return whole
 
     async def _run(self) -> None:
         """Send rounds until nobody looks any more."""
@@ -207,18 +220,22 @@ class LiveStream:
     async def _round(self) -> None:
         entitled = [viewer for viewer in self._viewers if viewer.sees_requests]
         requests = await self._requests_round(entitled)
-        public = await self._in_thread(self._public_round, self._moment())
+        public, until = await self._in_thread(self._round_after, self._moment(), self._sent)
+        self._sent |= until
         whole = public + requests
         for viewer in tuple(self._viewers):
             if not viewer.offer(whole if viewer.sees_requests else public):
                 self._viewers.discard(viewer)
                 viewer.cut_off()
 
-    def _public_round(self, moment: Moment) -> bytes:
+    def _round_after(self, moment: Moment, sent: _Sent) -> tuple[bytes, _Sent]:
+        """Return what everybody may see and has not been sent yet, and up to when it goes."""
         timelines = [(device.uuid, device.timeline) for device in self._devices()]
-        content, until_ns = traces(timelines, self._sent_ns, moment.now_ns, self._clock)
-        self._sent_ns = self._sent_ns | until_ns
-        return encode("trace", content) + encode("node", node_document(moment, self._clock))
+        trace, traces_ns = traces(timelines, sent.traces_ns, moment.now_ns, self._clock)
+        drivers, drivers_ns = driver_pieces(moment.diagnosis.devices, sent.drivers_ns, moment.now_ns, self._clock)
+        node = node_document(moment, self._clock)
+        told = encode("trace", trace) + encode("drivers", drivers) + encode("node", node)
+        return told, _Sent(traces_ns, drivers_ns)
 
     async def _requests_round(self, viewers: Sequence[_Viewer]) -> bytes:
         if not any(viewer.sees_requests for viewer in viewers):

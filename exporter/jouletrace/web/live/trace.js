@@ -4,10 +4,10 @@
 // strip is a little longer than the window, so that there is always something to move in.
 
 const DEPTH = 8192; // Points kept; a window of 60 s at 50 Hz is 3,000.
-const SPANS = 96; // Driver spans kept, one a second.
+const SPANS = 96; // Driver spans kept, about one a second.
 const AHEAD_SECONDS = 3; // What the strip may hold that is not in view yet.
 const GAP_MS = 2;
-const LONGEST_SPAN_MS = 5000; // Drivers of a longer time than that, after a lost connection, are not one span.
+const LEVEL_MS = 250; // A longer step than any sensor's period is drawn as the level that it is.
 
 export class Trace {
   #windowMs;
@@ -57,29 +57,22 @@ export class Trace {
       const place = this.#count % DEPTH;
       this.#starts[place] = Math.max(start, end);
       this.#ends[place] = at;
-      this.#watts[place] = watts[i];
+      this.#watts[place] = watts[i] ?? NaN; // Nobody knows.
       this.#count += 1;
       end = at;
     }
   }
 
-  /** Adds what the power went to since the last time: `{start_ms, end_ms, watts, joules}`, both by driver. */
-  addDrivers(drivers, order) {
-    const last = this.#spans[this.#spans.length - 1];
-    const end = drivers.end_ms;
-    if (last && end <= last.end) return;
-    const joules = order.map((name) => drivers.joules[name] ?? 0);
-    const isNext = last && end - last.end < LONGEST_SPAN_MS && joules.every((sum, i) => sum >= last.joules[i]);
-    // A new object per second and GPU, as many as are dropped: the number stays the same.
-    this.#spans.push({
-      start: isNext ? last.end : drivers.start_ms,
-      end,
-      joules,
-      watts: isNext
-        ? joules.map((sum, i) => ((sum - last.joules[i]) / (end - last.end)) * 1000)
-        : order.map((name) => drivers.watts[name] ?? 0),
-    });
-    if (this.#spans.length > SPANS) this.#spans.shift();
+  /** Adds what the power went to, by driver; what is known already is skipped. */
+  addDrivers({ starts_ms: starts, ends_ms: ends, watts }, order) {
+    let known = this.#spans.at(-1)?.end ?? 0;
+    for (let i = 0; i < ends.length; i++) {
+      if (ends[i] <= known) continue;
+      known = ends[i];
+      // A new object per second and GPU, as many as are dropped: the number stays the same.
+      this.#spans.push({ start: starts[i], end: ends[i], watts: order.map((name) => watts[name][i]) });
+    }
+    this.#spans.splice(0, this.#spans.length - SPANS);
   }
 
   /** Returns least, mean and greatest watts of the window, or null. */
@@ -92,6 +85,7 @@ export class Trace {
     for (let i = this.#first(from); i < this.#count; i++) {
       const place = i % DEPTH;
       const watts = this.#watts[place];
+      if (Number.isNaN(watts)) continue;
       least = Math.min(least, watts);
       most = Math.max(most, watts);
       joules += watts * (this.#ends[place] - this.#starts[place]);
@@ -188,13 +182,20 @@ export class Trace {
     let end = 0;
     for (let i = this.#first(this.#leftMs); i < this.#count; i++) {
       const place = i % DEPTH;
+      if (Number.isNaN(this.#watts[place])) continue;
       const start = this.#starts[place];
-      const x = ((start + this.#ends[place]) / 2 - this.#leftMs) * perMs;
+      const x = (start - this.#leftMs) * perMs;
+      const right = (this.#ends[place] - this.#leftMs) * perMs;
       const y = this.#y(this.#watts[place]);
-      // A gap in the data is a gap in the line; a long step is drawn as the level that it is.
-      if (start - end > GAP_MS) context.moveTo((start - this.#leftMs) * perMs, y);
-      context.lineTo(x, y);
+      // A gap in the data is a gap in the line.
+      if (start - end > GAP_MS) context.moveTo(x, y);
       end = this.#ends[place];
+      if (end - start > LEVEL_MS) {
+        context.lineTo(x, y);
+        context.lineTo(right, y);
+      } else {
+        context.lineTo((x + right) / 2, y);
+      }
     }
     context.stroke();
   }

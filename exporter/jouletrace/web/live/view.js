@@ -149,6 +149,7 @@ export class DeviceCard {
     this.since = node("span", { class: "quiet value" });
     this.confidence = node("span", { class: "quiet value", "data-figure": "confidence" });
     this.flags = node("span", { class: "raised value", "data-figure": "flags" });
+    this.badges = node("p", { class: "badges" }, this.verdict, this.since, this.confidence, this.flags);
     this.sentence = node("p", { class: "sentence" });
     this.state = node("p", { class: "state" });
     this.canvas = canvas;
@@ -157,7 +158,7 @@ export class DeviceCard {
     mark(canvas, "aria-label", `Power of ${this.name}`);
     this.marks = Array.from({ length: MOST_MARKS }, () => node("p", { class: "mark", "aria-hidden": "true" }));
     this.limitMark = node("p", { class: "mark limit", "aria-hidden": "true" });
-    this.empty = node("p", { class: "void" });
+    this.empty = node("p", { class: "void" }, "no data");
     this.chart = node("div", { class: "chart" }, this.canvas, ...this.marks, this.limitMark, this.empty);
     this.drivers = new Share(DRIVERS, "drivers", "Drivers, watts");
     this.facts = new Facts([
@@ -181,7 +182,7 @@ export class DeviceCard {
         this.power,
       ),
       this.state,
-      node("p", { class: "badges" }, this.verdict, this.since, this.confidence, this.flags),
+      this.badges,
       this.sentence,
       this.chart,
       node("p", { class: "ends", "aria-hidden": "true" }, node("span", {}, "1 min ago"), node("span", {}, "now")),
@@ -198,7 +199,11 @@ export class DeviceCard {
     write(this.now, watts(device.watts));
     write(this.limit, device.limit_watts ? `of ${watts(device.limit_watts)}` : "");
     write(this.state, troubles(device));
-    show(this.state, device.state !== "ok");
+    const isReadable = device.state === "ok";
+    show(this.state, !isReadable);
+    show(this.badges, isReadable);
+    show(this.sentence, isReadable);
+    show(this.drivers.bar, Boolean(drivers));
     write(this.verdict, verdict ? words(verdict.verdict) : "no verdict");
     write(this.since, verdict ? `for ${duration((nowMs - verdict.since_ms) / 1000)}` : "");
     write(this.confidence, verdict ? `confidence ${percent(verdict.confidence)}` : "");
@@ -216,7 +221,7 @@ export class DeviceCard {
     this.facts.set("source", device.energy_source);
     this.facts.set("age", device.age_seconds == null ? null : duration(device.age_seconds));
     this.evidence.set(verdict?.evidence);
-    write(this.empty, device.state === "ok" ? "" : "no data");
+    show(this.empty, !isReadable);
   }
 
   /** Puts the marks of the chart's scale beside its lines. */
@@ -267,7 +272,7 @@ export class EngineCard {
     this.models = node("small");
     this.inFlight = node("p", { class: "power value", "data-figure": "in_flight" });
     this.cause = node("span", { class: "verdict value", "data-figure": "cause" });
-    this.confidence = node("span", { class: "quiet value" });
+    this.confidence = node("span", { class: "quiet value", "data-figure": "cause_confidence" });
     this.advice = node("p", { class: "sentence", "data-figure": "advice" });
     this.parts = new Share(PARTS, "joules_per_unit", "Joules per unit by part");
     this.facts = new Facts([
@@ -327,12 +332,12 @@ export class NodeFigures {
     this.values = new Map();
     for (const [key, label, noteKey] of [
       ["node_power", "Power now", "node_limit"],
-      ["node_requests", "Requests in flight"],
-      ["attributed", "Used by requests"],
+      ["node_requests", "Requests in flight", "node_ended"],
+      ["attributed", "Used by requests", "share"],
       ["pending", "Pending"],
-      ["idle_bare", "Idle, bare"],
-      ["idle_parked", "Idle, parked"],
-      ["unattributed", "Unattributed"],
+      ["idle_bare", "Idle, bare", "share"],
+      ["idle_parked", "Idle, parked", "share"],
+      ["unattributed", "Unattributed", "share"],
       ["wasted", "Waste"],
       ["account_age", "Account age"],
     ]) {
@@ -351,18 +356,20 @@ export class NodeFigures {
       write(this.values.get(key).note, note);
     };
     const part = (value) => (account.device_joules ? `${percent(value / account.device_joules)} of all energy` : "");
+    // Before the first settling nobody knows; that is not 0.
+    const booked = (value) => joules(account.settled_ms == null ? null : value);
     put(
       "node_power",
       readable.length ? watts(sum(readable.map((device) => device.watts))) : ABSENT,
       readable.length ? `of ${watts(sum(readable.map((device) => device.limit_watts)))}, ${readable.length} GPU${readable.length === 1 ? "" : "s"}` : "",
     );
     put("node_requests", String(sum(engines.map((engine) => engine.in_flight))), `${account.requests} ended`);
-    put("attributed", joules(account.attributed_joules), part(account.attributed_joules));
-    put("pending", joules(account.pending_joules), "not booked yet");
-    put("idle_bare", joules(account.idle_joules.bare), part(account.idle_joules.bare));
-    put("idle_parked", joules(account.idle_joules.parked), part(account.idle_joules.parked));
-    put("unattributed", joules(account.unattributed_joules), part(account.unattributed_joules));
-    put("wasted", joules(sum(Object.values(account.wasted_joules))), pairs(account.wasted_joules, joules) ?? "since the start");
+    put("attributed", booked(account.attributed_joules), part(account.attributed_joules));
+    put("pending", booked(account.pending_joules), "not booked yet");
+    put("idle_bare", booked(account.idle_joules.bare), part(account.idle_joules.bare));
+    put("idle_parked", booked(account.idle_joules.parked), part(account.idle_joules.parked));
+    put("unattributed", booked(account.unattributed_joules), part(account.unattributed_joules));
+    put("wasted", booked(sum(Object.values(account.wasted_joules))), pairs(account.wasted_joules, joules) ?? "since the start");
     put("account_age", account.age_seconds == null ? ABSENT : duration(account.age_seconds), "behind now");
   }
 }
@@ -373,6 +380,9 @@ const REQUEST_FIGURES = {
   "Energy so far": "request_joules",
   "Energy so far, note": "bounds",
   "J per token": "joules_per_token",
+  Took: "took",
+  "Took, note": "ended_ago",
+  "Running for": "took",
 };
 
 /** A table of requests whose rows are made once. */
@@ -400,22 +410,23 @@ export class RequestTable {
   #row(headings) {
     const id = node("span", { class: "value" });
     const who = node("small", { class: "value" });
-    const method = node("small", { class: "value", "data-figure": "method" });
+    const phases = node("span", { class: "value", "data-figure": "phases" });
+    const method = node("span", { class: "value", "data-figure": "method" });
     const cells = headings.slice(1).map((label) => {
       const value = node("span", { class: "value", "data-figure": REQUEST_FIGURES[label] });
       const note = node("small", { class: "value", "data-figure": REQUEST_FIGURES[`${label}, note`] });
       const cell = node("td", { class: "number", "data-label": label }, value, note);
       return { cell, value, note };
     });
-    const row = node("tr", {}, node("td", { class: "whole" }, id, who, method), ...cells.map(({ cell }) => cell));
+    const row = node("tr", {}, node("td", { class: "whole" }, id, who, node("small", {}, phases, method)), ...cells.map(({ cell }) => cell));
     row.hidden = true;
     this.body.append(row);
-    return { row, id, who, method, cells };
+    return { row, id, who, phases, method, cells };
   }
 
   set(requests, nowMs) {
     show(this.empty, requests.length === 0);
-    this.rows.forEach(({ row, id, who, method, cells }, place) => {
+    this.rows.forEach(({ row, id, who, phases, method, cells }, place) => {
       const request = requests[place];
       show(row, request !== undefined);
       if (request === undefined) return;
@@ -423,8 +434,8 @@ export class RequestTable {
       const ended = status === "finished" || status === "running" ? "" : status;
       write(id, request.request_id);
       write(who, [model, tenant && `tenant ${tenant}`, engine, ended].filter(Boolean).join(" · "));
-      const parts = `prefill ${joules(request.prefill_joules)}, decode ${joules(request.decode_joules)}`;
-      write(method, `${parts}, by ${words(request.method)}`);
+      write(phases, `prefill ${joules(request.prefill_joules)}, decode ${joules(request.decode_joules)}`);
+      write(method, `, by ${words(request.method)}`);
       const [energy, ...others] = cells;
       write(energy.value, joules(request.energy_joules));
       write(energy.note, `${joules(request.low)} to ${joules(request.high)}`);
