@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+TEST_PACKAGES := gcc libc6-dev prometheus prometheus-alertmanager systemd chromium curl openssl
+SYSTEM_TEST_PACKAGES := buildah mmdebstrap systemd-container debhelper dpkg-dev
 
 .DEFAULT_GOAL := help
 
@@ -27,8 +29,12 @@ run: $(VENV)/.run ## start the daemon (without a GPU: the demo, a replayed recor
 	exec $(BIN)/jouletrace run --demo; fi
 
 test: $(VENV)/.test ## install what the tests need and run them
-	@./tests/system-packages.sh gcc libc6-dev prometheus prometheus-alertmanager systemd chromium
+	@./tests/system-packages.sh $(TEST_PACKAGES)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test ## the same, and what is shipped: installed, booted, started (root; 5 minutes more)
+	@./tests/system-packages.sh $(TEST_PACKAGES) $(SYSTEM_TEST_PACKAGES)
+	$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## style and types
 	$(BIN)/ruff check .
@@ -60,6 +66,15 @@ benchmark: $(VENV)/.test ## cost of the whole daemon on simulated H200s; prints 
 	@./tests/system-packages.sh gcc libc6-dev
 	$(BIN)/python -m tests.benchmarks.daemon_cost
 
+live-soak: $(VENV)/.test ## half an hour of the live page in Chromium: memory, frames, cost (docs/performance.md; 35 minutes)
+	@./tests/system-packages.sh gcc libc6-dev chromium
+	$(BIN)/python -m tests.benchmarks.live_cost --soak-minutes 31
+
+live-pictures: $(VENV)/.test ## pictures of the live page in every state, to build/live; those of docs/live.md (6 minutes)
+	@./tests/system-packages.sh gcc libc6-dev chromium
+	$(BIN)/python -m tests.live_pictures build/live
+	cp $(addprefix build/live/live-,eight-gpus-1440-light.png one-gpu-1440-dark.png two-gpus-360-light.png) docs/pictures/
+
 fuzz-http: $(VENV)/.test ## Schemathesis against a running daemon, by its own OpenAPI document (half a minute)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4,<5'
 	$(BIN)/python -m tests.fuzz_http $(FUZZ_ARGS)
@@ -77,8 +92,9 @@ dist: $(BIN)/python ## build the wheel and the source distribution into dist/
 deb: $(BIN)/python ## build the Debian package into dist/
 	PYTHON=$(BIN)/python deploy/deb/build.sh
 
-boot-test: deb ## install the Debian package in a real systemd and drive its service (root; 2 minutes, then 1)
-	tests/boot/run.sh
+boot-test: $(VENV)/.test ## install the Debian package in a real systemd and drive its service (root; 3 minutes)
+	@./tests/system-packages.sh $(SYSTEM_TEST_PACKAGES)
+	$(BIN)/python -m pytest -m system tests/boot
 
 chart: $(VENV)/.test ## write the generated parts of the Helm chart anew: rules, dashboards, README, schema
 	$(BIN)/python helm/generate.py
@@ -87,8 +103,9 @@ image: ## build the container image with buildah
 	@./tests/system-packages.sh buildah
 	deploy/container/build.sh
 
-image-test: ## build the image on Debian root filesystems, start it read-only and look at it (root; 3 minutes, then 1)
-	tests/image/run.sh
+image-test: $(VENV)/.test ## build the image on Debian root filesystems, start it read-only and look at it (root; 2 minutes)
+	@./tests/system-packages.sh $(SYSTEM_TEST_PACKAGES)
+	$(BIN)/python -m pytest -m system tests/image
 
 lock: $(BIN)/python ## pin the Python packages of the Debian package anew
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -98,4 +115,4 @@ lock: $(BIN)/python ## pin the Python packages of the Debian package anew
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info exporter/*.egg-info
 
-.PHONY: help run test lint docs fuzz-http rules dashboards dashboard-pictures coefficients check-docs benchmark vllm triton dist deb boot-test chart image image-test lock clean
+.PHONY: help run test test-all lint docs live-soak live-pictures fuzz-http rules dashboards dashboard-pictures coefficients check-docs benchmark vllm triton dist deb boot-test chart image image-test lock clean

