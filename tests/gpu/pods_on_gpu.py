@@ -29,7 +29,8 @@ DUTY = (0.3, 1.0)
 AFTER_SECONDS = 100.0
 POLL_SECONDS = 0.02
 
-Row = tuple[str, str, str]
+Row = tuple[str, str]
+"""Namespace and pod; the name of the container comes from a mount that only the kubelet makes."""
 
 
 def hierarchy() -> Path:
@@ -51,9 +52,9 @@ class Pod:
 
     def __init__(self, base: Path, logs: Path, row: Row) -> None:
         self.row = row
-        namespace, name, container = row
+        namespace, name = row
         uid = str(uuid.uuid4())
-        (logs / f"{namespace}_{name}_{uid}" / container).mkdir(parents=True)
+        (logs / f"{namespace}_{name}_{uid}").mkdir(parents=True)
         group = base / "kubepods" / f"pod{uid}" / secrets.token_hex(32)
         group.mkdir(parents=True)
         self._process = subprocess.Popen(
@@ -121,7 +122,7 @@ def rows(daemon: Daemon, metric: str) -> dict[Row, float]:
         for sample in family.samples:
             if sample.name == metric:
                 labels = sample.labels
-                row = (labels.get("namespace", ""), labels.get("pod", ""), labels.get("container", ""))
+                row = (labels.get("namespace", ""), labels.get("pod", ""))
                 found[row] = found.get(row, 0.0) + sample.value
     return found
 
@@ -150,12 +151,12 @@ def main() -> None:
     )
     watch = Watch(daemon)
     marks = {"start": reading(daemon)}
-    large = Pod(base, logs, ("team-a", "llm-0", "engine"))
+    large = Pod(base, logs, ("team-a", "llm-0"))
     large.ready()
     marks["alone"] = reading(daemon)
     large.run(ALONE_SECONDS)
     marks["alone_end"] = reading(daemon)
-    small = Pod(base, logs, ("team-b", "batch-7", "worker"))
+    small = Pod(base, logs, ("team-b", "batch-7"))
     small.ready()
     time.sleep(15)
     marks["together"] = reading(daemon)
