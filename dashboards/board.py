@@ -17,27 +17,27 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as models
 
 from dashboards.panels import DATASOURCE, FULL_WIDTH, Panel
-from dashboards.queries import Scope
+from dashboards.queries import RECORDED, Scope
 from jouletrace.metrics import names
-from jouletrace.metrics.names import Metric
 
 TAG: Final = "jouletrace"
 PAGES: Final = "https://github.com/jouletrace/jouletrace/blob/main"
 """Where the documents are that texts link to."""
-ALERTS: Final = 'ALERTS{alertname=~"Jouletrace.+",alertstate="firing",job=~"$job|",instance=~"$instance|"}'
-"""Alerts of this project's rules; those about a fleet have neither job nor instance."""
+ALERTS: Final = 'ALERTS{alertname=~"Jouletrace.+",alertstate="firing",%s}'
+"""Alerts of this project's rules, still to be narrowed."""
 
-VARIABLES: Final[Mapping[str, tuple[str, Metric, tuple[str, ...]]]] = {
-    "job": ("Job", names.BUILD_INFO, ()),
-    "instance": ("Node", names.BUILD_INFO, ("job",)),
-    "gpu": ("GPU", names.GPU_INFO, ("job", "instance")),
-    "model": ("Model", names.ALLOCATED_ENERGY_JOULES, ("job", "instance")),
-    "tenant": ("Tenant", names.ALLOCATED_ENERGY_JOULES, ("job", "instance", "model")),
-    "engine": ("Engine", names.ENGINE_CAUSE, ("job", "instance")),
+VARIABLES: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
+    "cluster": ("Cluster", f"{RECORDED}cluster:gpus:sum", ()),
+    "job": ("Job", names.BUILD_INFO.name, ()),
+    "instance": ("Node", names.BUILD_INFO.name, ("job",)),
+    "gpu": ("GPU", names.GPU_INFO.name, ("job", "instance")),
+    "model": ("Model", f"{RECORDED}cluster_model:allocated_watts:rate5m", ("cluster",)),
+    "tenant": ("Tenant", f"{RECORDED}cluster_model_tenant:allocated_watts:rate5m", ("cluster", "model")),
+    "engine": ("Engine", names.ENGINE_CAUSE.name, ("job", "instance")),
 }
-"""Label, the metric whose label values are offered, and the variables that narrow them."""
-MAY_BE_EMPTY: Final = ("model", "tenant")
-"""Labels whose empty value is one of theirs (work without a tenant)."""
+"""Label, the series whose label values are offered, and the variables that narrow them."""
+MAY_BE_EMPTY: Final = ("cluster", "model", "tenant")
+"""Labels that may be missing (a fleet of one cluster) or empty (work without a tenant)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +48,6 @@ class Row:
     height: int
     panels: tuple[Panel, ...]
     folded: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A variable of fixed values, label to value."""
-
-    name: str
-    label: str
-    values: Mapping[str, str]
-    selected: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +62,6 @@ class Board:
     scope: Scope = field(default_factory=Scope)
     single: tuple[str, ...] = ()
     """Variables of which one value is chosen, not several."""
-    choices: tuple[Choice, ...] = ()
 
     @property
     def uid(self) -> str:
@@ -119,16 +108,14 @@ class Board:
             .datasource(DATASOURCE)
             .enable(True)
             .icon_color("orange")
-            .expr(ALERTS)
+            .expr(ALERTS % ",".join(f'{name}=~"${name}|"' for name in self.scope.base))
             .title_format("{{alertname}}")
             .text_format("{{instance}} {{gpu}} {{model}}")
             .step("30s")
         )
         made = made.with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        for name in ("job", "instance", *self.scope.variables):
+        for name in (*self.scope.base, *self.scope.variables):
             made = made.with_variable(self._variable(name))
-        for choice in self.choices:
-            made = made.with_variable(_custom(choice))
         for row in self.rows:
             made = made.with_row(dashboard.Row(row.title))
             for panel in row.panels:
@@ -136,11 +123,9 @@ class Board:
         return made
 
     def _variable(self, name: str) -> dashboard.QueryVariable:
-        label, metric, narrowed = VARIABLES[name]
+        label, series, narrowed = VARIABLES[name]
         selector = ",".join(f'{one}=~"${one}"' for one in narrowed)
-        query = (
-            f"label_values({metric.name}{{{selector}}}, {name})" if selector else f"label_values({metric.name}, {name})"
-        )
+        query = f"label_values({series}{{{selector}}}, {name})" if selector else f"label_values({series}, {name})"
         variable = dashboard.QueryVariable(name).label(label).datasource(DATASOURCE)
         variable = variable.query({"query": query, "refId": name}).definition(query)
         variable = variable.refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
@@ -187,24 +172,15 @@ def uid(name: str) -> str:
     return f"jouletrace-{name}"
 
 
-def link_to(name: str, title: str, **labels: str) -> dashboard.DashboardLink:
-    """Return a link to a board that keeps data source, job and time and sets variables to what was clicked on.
+def link_to(scope: Scope, name: str, title: str, **labels: str) -> dashboard.DashboardLink:
+    """Return a link to a board that keeps data source, time and what the board of `scope` is narrowed by.
 
-    `labels`: variable to Grafana's expression, as `instance="${__field.labels.instance}"`.
+    `labels`: variables that are set to what was clicked on, to Grafana's expressions, as
+    `instance="${__field.labels.instance}"`.
     """
+    kept = "&".join(f"${{{one}:queryparam}}" for one in ("datasource", *scope.base) if one not in labels)
     chosen = "".join(f"&var-{variable}={expression}" for variable, expression in labels.items())
-    url = f"/d/{uid(name)}?${{datasource:queryparam}}&${{job:queryparam}}{chosen}&${{__url_time_range}}"
-    return dashboard.DashboardLink(title).url(url)
-
-
-def _custom(choice: Choice) -> dashboard.CustomVariable:
-    query = ",".join(f"{text} : {value}" for text, value in choice.values.items())
-    options = [
-        models.VariableOption(selected=text == choice.selected, text=text, value=value)
-        for text, value in choice.values.items()
-    ]
-    [current] = [option for option in options if option.selected]
-    return dashboard.CustomVariable(choice.name).label(choice.label).values(query).options(options).current(current)
+    return dashboard.DashboardLink(title).url(f"/d/{uid(name)}?{kept}{chosen}&${{__url_time_range}}")
 
 
 def _number(title: str) -> int:

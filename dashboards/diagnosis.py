@@ -9,7 +9,7 @@ from jouletrace.diagnosis.causes import Cause
 from jouletrace.metrics import names
 
 NAME = "diagnosis"
-FLEET = Scope()
+ALL = Scope()
 """All engines: the board's engine does not narrow it."""
 SCOPE = Scope(("engine",))
 ENGINE = "{{instance}} {{engine}}"
@@ -42,17 +42,17 @@ def board() -> Board:
 
 def _engines() -> tuple[p.Panel, ...]:
     by = ("instance", "engine", "model")
-    causes = {cause: FLEET.series(names.ENGINE_CAUSE, f'cause="{cause}"') for cause in map(str, Cause)}
+    causes = [ALL.series(names.ENGINE_CAUSE, f'cause="{cause}"') for cause in Cause]
     best = per(
-        f"max by ({', '.join(by)}) ({FLEET.series(names.ENGINE_STEP_FIXED_JOULES)})",
-        f"max by ({', '.join(by)}) ({FLEET.series(names.ENGINE_STEP_MARGINAL_JOULES)})",
+        f"max by ({', '.join(by)}) ({ALL.series(names.ENGINE_STEP_FIXED_JOULES)})",
+        f"max by ({', '.join(by)}) ({ALL.series(names.ENGINE_STEP_MARGINAL_JOULES)})",
     )
     return (
         p.states(
             "Cause",
             "Why the joules per token of each engine are above their best; the table at the foot says what to do.",
-            Query(state(causes, "instance", "engine"), ENGINE),
             CAUSE_COLORS,
+            Query(state(causes, "instance", "engine"), ENGINE),
             width=p.FULL_WIDTH,
             empty=NO_ENGINE,
         ),
@@ -61,13 +61,13 @@ def _engines() -> tuple[p.Panel, ...]:
             "Joules per unit (token, image, ...) over the last half minute, the batch, the batch B* at which half of a"
             " step's energy is fixed, and what ML.ENERGY measured for the model on an H100.",
             {"instance": "Node", "engine": "Engine", "model": "Model"},
-            Column("J per unit", total(FLEET.series(names.ENGINE_UNIT_ENERGY_JOULES), *by), p.JOULES),
+            Column("J per unit", total(ALL.series(names.ENGINE_UNIT_ENERGY_JOULES), *by), p.JOULES),
             Column(
                 "ML.ENERGY, H100",
-                f"min by ({', '.join(by)}) ({FLEET.series(names.ENGINE_REFERENCE_UNIT_ENERGY_JOULES, _H100)})",
+                f"min by ({', '.join(by)}) ({ALL.series(names.ENGINE_REFERENCE_UNIT_ENERGY_JOULES, _H100)})",
                 p.JOULES,
             ),
-            Column("Batch", f"max by ({', '.join(by)}) ({FLEET.series(names.ENGINE_BATCH_SEQUENCES)})", p.COUNT),
+            Column("Batch", f"max by ({', '.join(by)}) ({ALL.series(names.ENGINE_BATCH_SEQUENCES)})", p.COUNT),
             Column("B*", best, p.COUNT),
             sort="J per unit",
         ),
@@ -84,7 +84,7 @@ def _devices() -> tuple[p.Panel, ...]:
             "Power of all GPUs by physical sink, from a model fitted to measurements; unexplained is what it does not"
             " account for.",
             p.WATTS,
-            Query(total(FLEET.rate(names.DRIVER_ENERGY_JOULES), "driver"), "{{driver}}"),
+            Query(total(ALL.mean("instance_driver:power_watts:rate5m"), "driver"), "{{driver}}"),
             stacked=True,
             colors=DRIVER_COLORS,
         ),
@@ -92,7 +92,7 @@ def _devices() -> tuple[p.Panel, ...]:
             "What the joules were limited by",
             "Power of all GPUs while each verdict held.",
             p.WATTS,
-            Query(total(FLEET.rate(names.DIAGNOSIS_ENERGY_JOULES), "verdict"), "{{verdict}}"),
+            Query(total(ALL.mean("instance_verdict:power_watts:rate5m"), "verdict"), "{{verdict}}"),
             stacked=True,
             colors=VERDICT_COLORS,
         ),

@@ -35,6 +35,7 @@ def board() -> Board:
             Row("What does it cost?", 7, _cost()),
             Row("Calls of the driver", 7, _driver()),
             Row("Records", 7, _records()),
+            Row("Names of pods, and files that are read again", 7, _outside()),
             Row("Who runs what", 8, _versions()),
         ),
     )
@@ -50,27 +51,25 @@ def _up() -> tuple[p.Panel, ...]:
         p.states(
             "Scraped, and GPUs read",
             f"Whether Prometheus reaches each exporter, and whether that can read all of its GPUs; the {MOST} worst.",
+            {"not scraped": p.RED, "GPUs not read": p.ORANGE, "fine": p.GREEN},
             Query(
                 f"bottomk({MOST}, min by (instance) ({SCOPE.series(SCRAPED)}) + (min by (instance)"
                 f" ({SCOPE.series(names.UP)}) or 0 * min by (instance) ({SCOPE.series(SCRAPED)})))",
                 "{{instance}}",
             ),
-            {"not scraped": p.RED, "GPUs not read": p.ORANGE, "fine": p.GREEN},
             first=0,
         ),
-        p.timeline(
+        p.sample_age(
             "Age of the newest energy sample",
             f"Oldest of each node, of the {MOST} oldest; about one second is normal.",
-            p.SECONDS,
             Query(_worst(SCOPE.series(names.SAMPLE_AGE_SECONDS)), "{{instance}}"),
             width=6,
-            steps=((None, "transparent"), (10, p.RED)),
         ),
         p.states(
             "Parts of the page that are missing",
             "Collectors that failed: their metrics are missing, and the log has the cause.",
-            Query(failing, "{{instance}} {{collector}}"),
             {"failed": p.RED},
+            Query(failing, "{{instance}} {{collector}}"),
             width=6,
             empty="All parts are there",
         ),
@@ -82,19 +81,13 @@ def _energy() -> tuple[p.Panel, ...]:
         return f"topk({MOST}, {total(SCOPE.increase(metric, window='5m'), 'instance')}) > 0"
 
     return (
-        p.timeline(
+        p.agreement(
             "Agreement of energy sensors",
             "Measured energy over that of the hardware counter, furthest apart of each node. Healthy: 0.97 to 1.03.",
-            p.RATIO,
             Query(
                 f"bottomk({MOST}, min by (instance) ({SCOPE.series(names.ENERGY_AGREEMENT_RATIO)}))", "{{instance}} low"
             ),
             Query(_worst(SCOPE.series(names.ENERGY_AGREEMENT_RATIO)), "{{instance}} high"),
-            width=8,
-            least=None,
-            steps=((None, p.RED), (0.97, "transparent"), (1.03, p.RED)),
-            decimals=1,
-            empty="No GPU has a counter to compare with",
         ),
         p.timeline(
             "Gaps of the power sensor",
@@ -203,7 +196,8 @@ def _records() -> tuple[p.Panel, ...]:
         ),
         p.timeline(
             "Age of the account",
-            "Time up to which every GPU's energy is given to requests; 1 to 6 s is normal.",
+            "How far the account of requests is behind; 1 to 6 s is normal, up to a minute where a feed tells of"
+            " requests only once they are over.",
             p.SECONDS,
             Query(_worst(SCOPE.series(names.ACCOUNT_AGE_SECONDS)), "{{instance}}"),
             width=8,
@@ -235,6 +229,40 @@ def _records() -> tuple[p.Panel, ...]:
             width=8,
             most=1,
             empty="No engine sends records",
+        ),
+    )
+
+
+def _outside() -> tuple[p.Panel, ...]:
+    return (
+        p.timeline(
+            "Age of the kubelet's last answer",
+            "Time since the kubelet last said which pods hold which GPUs; up to 30 s is normal.",
+            p.SECONDS,
+            Query(_worst(SCOPE.series(names.KUBELET_ANSWER_AGE_SECONDS)), "{{instance}}"),
+            width=8,
+            empty="Not asked for: workloads.pods is off",
+        ),
+        p.timeline(
+            "Questions that the kubelet did not answer",
+            "Calls of the kubelet that failed, by the reason that it or the socket gave.",
+            p.PER_SECOND,
+            Query(
+                f"topk({MOST}, {total(SCOPE.rate(names.KUBELET_ERRORS), 'instance', 'code')})", "{{instance}} {{code}}"
+            ),
+            width=8,
+            empty="No call has failed",
+        ),
+        p.states(
+            "Changed files that were refused",
+            "Files of the configuration that are wrong now, by their key: what they said before stays in force, and the"
+            " log has the cause.",
+            {"refused": p.RED},
+            Query(
+                f"max by (instance, key) (1 - {SCOPE.series(names.FILE_RELOAD_SUCCESS)}) > 0", "{{instance}} {{key}}"
+            ),
+            width=8,
+            empty="All files are in force as they are",
         ),
     )
 

@@ -7,7 +7,7 @@ from typing import Final
 
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="grafana_foundation_sdk")
 
-from grafana_foundation_sdk.builders import (  # noqa: E402  # noqa: E402
+from grafana_foundation_sdk.builders import (  # noqa: E402
     common,
     dashboard,
     heatmap,
@@ -27,10 +27,12 @@ from grafana_foundation_sdk.models import prometheus as prometheus_models  # noq
 from grafana_foundation_sdk.models import xychart as xychart_models  # noqa: E402
 from grafana_foundation_sdk.models.text import TextMode  # noqa: E402
 
+from dashboards.queries import RECORDED, RULE_SECONDS, per  # noqa: E402
+
 WATTS, JOULES, WATT_HOURS = "watt", "joule", "watth"
 RATIO, SECONDS, CELSIUS, HERTZ = "percentunit", "s", "celsius", "hertz"
 BYTES, BYTES_PER_SECOND, REQUESTS_PER_SECOND = "bytes", "Bps", "reqps"
-COUNT, PER_SECOND, FACTOR = "short", "cps", "suffix:x"
+COUNT, PER_SECOND, FACTOR = "short", "suffix:/s", "suffix:x"
 TOKENS_PER_SECOND, TOKENS_PER_JOULE = "suffix:tok/s", "suffix:tok/J"
 
 DATASOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -41,11 +43,23 @@ CYAN, PINK, BROWN = "#3fb6c6", "#e0559a", "#a5704b"
 
 FULL_WIDTH = 24
 """Columns of Grafana's grid."""
+WITHOUT_RULES: Final = "No data. Are the recording rules loaded?"
+"""What a panel says that reads recorded series and finds none."""
+MEANS_OF_A_DAY: Final = 288
+"""Most points of a panel that reads recorded series, which are means of five minutes: a day loses nothing."""
 LETTERS: Final = "ABCDEFGHIJKLMNOP"
 """Names of a panel's queries."""
 
 Steps = Sequence[tuple[float | None, str]]
 """Thresholds: from which value on which colour; the first from None."""
+IDLE_STEPS: Final[Steps] = ((None, GREEN), (0.2, YELLOW), (0.4, RED))
+"""Idle share: from the fifth on that JouletraceGpusIdle tells of, and twice that."""
+WASTED_STEPS: Final[Steps] = ((None, GREEN), (0.05, YELLOW), (0.1, RED))
+"""Wasted share: red from the budget on that recording/waste.yml is shipped with."""
+_AGREEMENT_STEPS: Final[Steps] = ((None, RED), (0.97, "transparent"), (1.03, RED))
+"""Energy sensors agree within 3 %, as JouletraceSensorsDisagree has it."""
+_AGE_STEPS: Final[Steps] = ((None, "transparent"), (10, RED))
+"""Age of a sample in seconds, of which one is normal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,7 @@ class Panel:
     """What it says, in a sentence or two; also its row of docs/dashboards.md."""
     builder: Builder[models.Panel]
     width: int
+    targets: Sequence[prometheus.Dataquery] = ()
     empty: str = ""
     """What a panel without data says, where having none is nothing to worry about."""
 
@@ -73,6 +88,14 @@ class Panel:
         """Return the SDK's panel."""
         panel = self.builder.build()
         panel.title, panel.description = self.title, self.description
+        if self.targets:
+            targets = [target.build() for target in self.targets]
+            recorded = any(_recorded(target.expr) for target in targets)
+            panel.targets = list(targets)
+            panel.field_config = panel.field_config or models.FieldConfigSource()
+            panel.field_config.defaults.no_value = self.empty or (WITHOUT_RULES if recorded else None)
+            if recorded:
+                panel.max_data_points = MEANS_OF_A_DAY
         return panel
 
 
@@ -103,17 +126,19 @@ def timeline(
     link: dashboard.DashboardLink | None = None,
     empty: str = "",
     decimals: float | None = None,
+    soft_least: float | None = None,
     soft_most: float | None = None,
     logarithmic: bool = False,
 ) -> Panel:
     """Return lines over time, or areas on top of each other.
 
     `colors` by series name; `dashed` are regular expressions of names whose lines are limits, not parts of a stack.
-    `steps` draws thresholds as dashed lines; `soft_most` is where the axis ends while all values are below it.
+    `steps` draws thresholds as dashed lines; `soft_least` and `soft_most` are the ends of the axis while no value is
+    beyond them.
     """
     # Areas without lines: the line of a part that is 0 would lie on the one below.
     panel = timeseries.Panel().unit(unit).datasource(DATASOURCE).line_width(0 if stacked else 1)
-    panel = panel.fill_opacity(70 if stacked else 8).show_points(common_models.VisibilityMode.NEVER)
+    panel = panel.fill_opacity(70 if stacked else 0).show_points(common_models.VisibilityMode.NEVER)
     panel = panel.legend(_legend())
     panel = panel.tooltip(
         common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI).sort(common_models.SortOrder.DESCENDING)
@@ -125,6 +150,8 @@ def timeline(
         panel = panel.scale_distribution(scale)
     elif least is not None:
         panel = panel.min(least)
+    if soft_least is not None:
+        panel = panel.axis_soft_min(soft_least)
     if soft_most is not None:
         panel = panel.axis_soft_max(soft_most)
     if most is not None:
@@ -150,11 +177,7 @@ def timeline(
         )
     if link is not None:
         panel = panel.data_links([link])
-    if empty:
-        panel = panel.no_value(empty)
-    for target in _targets(queries):
-        panel = panel.with_target(target)
-    return Panel(title, description, panel, width, empty)
+    return Panel(title, description, panel, width, _targets(queries), empty)
 
 
 def figure(
@@ -175,19 +198,46 @@ def figure(
     panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     if decimals is not None:
         panel = panel.decimals(decimals)
-    if empty:
-        panel = panel.no_value(empty)
-    for target in _targets([query], instant=instant):
-        panel = panel.with_target(target)
-    return Panel(title, description, panel, width, empty)
+    return Panel(title, description, panel, width, _targets([query], instant=instant), empty)
+
+
+def energy(title: str, description: str, joules: str) -> Panel:
+    """Return one number: an energy in the time shown, in watt-hours."""
+    return figure(title, description, WATT_HOURS, Query(f"{joules} / 3600"), instant=True, decimals=1)
+
+
+def share(title: str, description: str, part: str, whole: str, steps: Steps) -> Panel:
+    """Return one number: an energy in the time shown as a part of another."""
+    return figure(title, description, RATIO, Query(per(part, whole)), steps=steps, instant=True, decimals=1)
+
+
+def agreement(title: str, description: str, *queries: Query, width: int = 8) -> Panel:
+    """Return lines of how far energy sensors agree, with the band in which they should: never only the noise in it."""
+    return timeline(
+        title,
+        description,
+        RATIO,
+        *queries,
+        width=width,
+        least=None,
+        soft_least=0.96,
+        soft_most=1.04,
+        steps=_AGREEMENT_STEPS,
+        decimals=1,
+        empty="No GPU has a counter to compare with",
+    )
+
+
+def sample_age(title: str, description: str, query: Query, *, width: int = 8) -> Panel:
+    """Return lines of how old the newest energy samples are, with the age at which something is wrong."""
+    return timeline(title, description, SECONDS, query, width=width, steps=_AGE_STEPS)
 
 
 def states(
     title: str,
     description: str,
-    query: Query,
     names: Mapping[str, str],
-    *,
+    *queries: Query,
     width: int = 12,
     first: int = 1,
     empty: str = "",
@@ -205,11 +255,7 @@ def states(
     panel = panel.legend(_legend())
     panel = panel.thresholds(thresholds([(None, "transparent")]))
     panel = panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
-    if empty:
-        panel = panel.no_value(empty)
-    for target in _targets([query]):
-        panel = panel.with_target(target)
-    return Panel(title, description, panel, width, empty)
+    return Panel(title, description, panel, width, _targets(queries), empty)
 
 
 def rows(
@@ -220,16 +266,18 @@ def rows(
     width: int = FULL_WIDTH,
     link: tuple[str, dashboard.DashboardLink] | None = None,
     sort: str = "",
+    empty: str = "",
 ) -> Panel:
     """Return a table: one row per combination of the labels `by` (label to heading), one column per expression.
 
     Every expression must be an aggregation by exactly these labels, or the rows do not merge.
     """
     panel = table.Panel().datasource(DATASOURCE).unit("short").min_width(80)
+    # What a table says when it is empty is not what an empty cell says.
+    panel = panel.override_by_regexp("/.*/", [models.DynamicConfigValue(id_val="noValue", value="-")])
     names: dict[str, str] = dict(by)
+    targets = _targets([Query(column.expression) for column in columns], instant=True)
     for letter, column in zip(LETTERS, columns, strict=False):
-        query = _target(Query(column.expression), letter).instant().format(prometheus_models.PromQueryFormat.TABLE)
-        panel = panel.with_target(query)
         names[f"Value #{letter}"] = column.name
         properties = [models.DynamicConfigValue(id_val="unit", value=column.unit)]
         if column.steps:
@@ -257,20 +305,19 @@ def rows(
         built_link = target.build()
         value = [{"title": built_link.title, "url": built_link.url, "targetBlank": False}]
         panel = panel.override_by_name(on, [models.DynamicConfigValue(id_val="links", value=value)])
-    return Panel(title, description, panel, width)
+    made = [target.format(prometheus_models.PromQueryFormat.TABLE) for target in targets]
+    return Panel(title, description, panel, width, made, empty)
 
 
 def heat(title: str, description: str, unit: str, query: Query, *, width: int = 12) -> Panel:
     """Return a histogram's buckets over time: the darker, the more."""
     panel = heatmap.Panel().datasource(DATASOURCE).calculate(False).unit(unit).show_legend()
-    # One cell a minute or so; narrower ones cannot be told apart and cost a query each.
-    panel = panel.max_data_points(120)
     panel = panel.color(
         heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.SCHEME).scheme("Oranges").steps(64)
     )
     panel = panel.y_axis(heatmap.YAxisConfig().unit(unit))
     target = _target(query, "A").range().format(prometheus_models.PromQueryFormat.HEATMAP)
-    return Panel(title, description, panel.with_target(target), width)
+    return Panel(title, description, panel, width, [target])
 
 
 def scatter(
@@ -310,11 +357,7 @@ def scatter(
     panel = panel.with_transformation(
         models.DataTransformerConfig(id_val="joinByField", options={"byField": "Time", "mode": "outer"})
     )
-    if empty:
-        panel = panel.no_value(empty)
-    for target in _targets(queries):
-        panel = panel.with_target(target)
-    return Panel(title, description, panel, width, empty)
+    return Panel(title, description, panel, width, _targets(queries), empty)
 
 
 def words(title: str, description: str, markdown: str, *, width: int = FULL_WIDTH) -> Panel:
@@ -333,6 +376,10 @@ def _legend() -> common.VizLegendOptions:
     return legend.placement(common_models.LegendPlacement.BOTTOM).calcs([])
 
 
+def _recorded(expression: str) -> bool:
+    return RECORDED in expression
+
+
 def _named(name: str) -> xychart.MatcherConfig:
     return xychart.MatcherConfig().id("byName").options(name)
 
@@ -344,6 +391,9 @@ def _fixed(color: str) -> models.DynamicConfigValue:
 def _target(query: Query, letter: str) -> prometheus.Dataquery:
     target = prometheus.Dataquery().expr(query.expression).ref_id(letter).datasource(DATASOURCE)
     target = target.editor_mode(prometheus_models.QueryEditorMode.CODE).legend_format(query.legend)
+    if _recorded(query.expression):
+        # Shorter steps would show each recorded value several times, and find none in some.
+        target = target.interval(f"{RULE_SECONDS}s")
     return target.exemplar(True) if query.exemplars else target
 
 

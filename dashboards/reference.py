@@ -9,8 +9,11 @@ _PREAMBLE = """\
 <!-- Generated from dashboards/. Change it there. -->
 
 Six boards for Grafana 10 and later, written in Python (`dashboards/`) and committed as JSON (`dashboards/generated/`).
-They query the raw metrics of [metrics.md](metrics.md), so they work with nothing but a Prometheus that scrapes
-jouletrace.
+**They need the recording rules** of `deploy/prometheus/recording/` ([alerts.md](alerts.md)): Fleet, Requests, Waste and
+the GPUs' rows of Diagnosis read what these record, so that a day of a full node or of a fleet of 10,000 GPUs shows in
+well under a second. The compose file brings the rules along; in the Helm chart `rules.enabled` goes with
+`dashboards.enabled`. The rest reads the raw metrics of [metrics.md](metrics.md): GPU, the engines' rows of Diagnosis,
+jouletrace itself and single panels need nothing but a Prometheus that scrapes jouletrace.
 
 The pictures are drawn by Grafana's own front-end packages (12.4) from live data of the demo and of a simulated node
 (`make dashboard-pictures`). Four kinds of panels are not in those packages and are drawn by plain stand-ins: state
@@ -52,13 +55,17 @@ datasources:
 ## How to read them
 
 - Power is the rate of joules: the mean of the whole step, at any zoom, and not a sample.
+- Recorded rates are means of five minutes, one a minute: what happens shows up over the next five minutes. A point of
+  a panel is the mean of those since the point before, and "in the time shown" is their sum. Until the rules have run
+  for a while, totals are only of the time since then.
 - Quotients per token and per request are taken over five minutes, or over the time shown where a panel is one
   number: joules flow while a request runs and its tokens count when it ends.
 - Firing alerts of `deploy/prometheus/` are marked on every board. The links on top keep the time and the variables.
-- A panel that has nothing to show says why that is fine. "No data" is never fine.
-- The variables are data source, job and node on every board, and GPU, model, tenant or engine where they narrow
-  something.
-- A fleet of thousands of GPUs should be looked at through the recording rules; see [sizing.md](sizing.md).
+- A panel that has nothing to show says why that is fine. "No data" is never fine; most often the rules are missing.
+- The variables are data source and, on Fleet and Requests, the cluster (a label of the target, if there is one), on the
+  other boards job and node; besides GPU, model, tenant or engine where they narrow something. What Requests shows of
+  all tenants, whatever is chosen, says so.
+- With thousands of GPUs begin at Fleet, and choose a few nodes before GPU, Diagnosis, Waste or jouletrace itself.
 """
 
 

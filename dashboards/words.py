@@ -7,6 +7,7 @@ from jouletrace.diagnosis.causes import Cause
 from jouletrace.diagnosis.drivers import Driver
 from jouletrace.diagnosis.verdicts import Flag, Verdict
 from jouletrace.diagnosis.waste import WasteCause
+from jouletrace.gpu.readings import ThrottleReason
 
 DRIVER_COLORS: Mapping[str, str] = {
     Driver.STATIC: GREY,
@@ -32,6 +33,17 @@ FLAG_COLORS: Mapping[str, str] = {
     Flag.UTILIZATION_MISLEADING: PURPLE,
     Flag.FP32_PIPE: CYAN,
 }
+THROTTLE_COLORS: Mapping[str, str] = {
+    ThrottleReason.SW_POWER_CAP: GREY,
+    ThrottleReason.SYNC_BOOST: BLUE,
+    ThrottleReason.BOARD_LIMIT: YELLOW,
+    ThrottleReason.RELIABILITY: PURPLE,
+    ThrottleReason.THERMAL: ORANGE,
+    ThrottleReason.SW_THERMAL: PINK,
+    ThrottleReason.HW_THERMAL: BROWN,
+    ThrottleReason.HW_POWER_BRAKE: RED,
+}
+"""The cap at the power limit is grey: it is normal under full load."""
 CAUSE_COLORS: Mapping[str, str] = {
     Cause.NO_DEMAND: GREY,
     Cause.HOST_BOUND: PURPLE,

@@ -52,6 +52,10 @@ Tenants are what costs: `ledger.tenants_per_model` bounds them, the rest shares 
 images or frames have fewer series. A metric that a GPU lacks has no series, and one with values that never happened (an
 Xid, a dropped record) has none until they do.
 
+Workloads are not among them, as they are off by default. `workloads.pods` adds a series for each pod, container and
+GPU that it holds, at most 66 a GPU, which ends a minute after the pod; `workloads.processes` one for each workload and
+GPU, at most 65, and one for each GPU. Short-lived pods and jobs make new ones all the time: count those of a day.
+
 | family | series | labels |
 |---|---|---|
 {chr(10).join(rows)}
@@ -69,8 +73,9 @@ memory of the server at 4 KiB a series, a rule of thumb.
 | {MODELS} models, {TENANTS} tenants | {total:,} | {_fleet(total, nodes)} |
 
 One Prometheus takes the first row. The second wants shards by node, a scrape each 60 s, or fewer tenants with a series
-of their own. Either way a board of the whole fleet should read the recording rules of `deploy/prometheus/`, whose
-series do not grow with the number of GPUs, and the raw series one node at a time.
+of their own. Either way the boards of a whole fleet ([Fleet](dashboards.md#fleet), [Requests](dashboards.md#requests))
+read the recording rules of `deploy/prometheus/`, whose sums do not grow with the number of GPUs; the others read one
+node or a few at a time.
 """
 
 

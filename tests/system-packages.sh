@@ -11,7 +11,7 @@ for package in "$@"; do
     prometheus-alertmanager)
       { command -v prometheus-alertmanager && command -v amtool; } >/dev/null || missing="$missing $package" ;;
     systemd) command -v systemd-analyze >/dev/null || missing="$missing $package" ;;
-    chromium | npm | pngquant) command -v "$package" >/dev/null || missing="$missing $package" ;;
+    chromium | curl | npm | openssl | pngquant) command -v "$package" >/dev/null || missing="$missing $package" ;;
     *) dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package" ;;
   esac
 done

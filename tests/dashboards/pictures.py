@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dashboards.boards import GENERATED, boards
+from dashboards.queries import RULE_SECONDS
 
 from tests.dashboards.small_fleet import small_fleet
 from tests.integration.test_prometheus import free_port
@@ -25,6 +26,8 @@ DRAWING = Path(__file__).parent / "drawing"
 PICTURES = ROOT / "docs" / "pictures" / "dashboards"
 SCRAPE_SECONDS = 5
 LEVEL_SECONDS = 40
+RULE_WINDOW_SECONDS = 330
+"""After this the five minutes of the recorded rates are full."""
 ENGINE = "vllm-0"
 COLORS = 128
 """Of the palette that pictures are reduced to: a third of the bytes, no difference to see."""
@@ -67,7 +70,7 @@ def draw(prometheus: str, seconds: float, folder: Path) -> None:
 def main() -> None:
     """Run the fleet for some minutes, or take a Prometheus that runs already, and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=18.0, help="how much time the pictures show")
+    parser.add_argument("--minutes", type=float, default=13.0, help="how much time the pictures show")
     parser.add_argument("--prometheus", help="a Prometheus that has the data already")
     options = parser.parse_args()
     seconds = 60 * options.minutes
@@ -76,9 +79,15 @@ def main() -> None:
         if options.prometheus:
             draw(options.prometheus, seconds, folder)
             return
-        with small_fleet(folder, level_seconds=LEVEL_SECONDS, replay_speed=1, scrape_seconds=SCRAPE_SECONDS) as url:
-            print(f"Collecting data for {options.minutes:.0f} minutes at {url}", flush=True)
-            time.sleep(seconds + 30)
+        with small_fleet(
+            folder,
+            level_seconds=LEVEL_SECONDS,
+            replay_speed=1,
+            scrape_seconds=SCRAPE_SECONDS,
+            rule_seconds=RULE_SECONDS,
+        ) as url:
+            print(f"Collecting data for {(seconds + RULE_WINDOW_SECONDS) / 60:.0f} minutes at {url}", flush=True)
+            time.sleep(seconds + RULE_WINDOW_SECONDS)
             draw(url, seconds, folder)
 
 

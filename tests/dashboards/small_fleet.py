@@ -1,7 +1,8 @@
 """A small fleet on this machine: the demo, a simulated node that serves two models, and a Prometheus that scrapes both.
 
 The simulated node has four H200s: one whose engine reports steps that obey a law of the tests' choice, one whose
-engine reports only when requests begin and end, one that an engine holds without work, and one that nobody holds.
+engine reports only when requests begin and end, one that an engine takes and holds without work, and one that nobody
+holds.
 Everything listens on loopback and is ended by its own pid.
 """
 
@@ -29,6 +30,8 @@ BATCHES = (8, 112, 16, 48, 0)
 """Decoding sequences of the levels, which follow each other; 0 is a pause."""
 PARKED_WATTS, BARE_WATTS = 121.0, 79.0
 """An H200 without work, held and not held."""
+TAKEN_SECONDS = 30.0
+"""When the third GPU is taken: what parking wastes is known once the free GPU's level has been learnt."""
 UUIDS = tuple(f"GPU-00000000-0000-4000-8000-00000000000{gpu}" for gpu in range(4))
 STEP_MODEL, BOUNDARY_MODEL, PARKED_MODEL = "Qwen/Qwen3-8B", "google/gemma-3-12b-it", "Qwen/Qwen3-14B"
 TENANTS = ("search", "support", "batch")
@@ -63,7 +66,13 @@ def scenario(level_seconds: float, epoch_ns: int) -> Scenario:
                 throttle={"sw_power_cap": "0.7/0"},
                 processes=held,
             ),
-            Device("h200", Constant(PARKED_WATTS), uuid=UUIDS[2], gpm=QUIET, processes=held),
+            Device(
+                "h200",
+                Steps([(0.0, BARE_WATTS), (TAKEN_SECONDS, PARKED_WATTS)]),
+                uuid=UUIDS[2],
+                gpm=QUIET,
+                processes=[Process(4242, 120_000, from_s=TAKEN_SECONDS)],
+            ),
             Device("h200", Constant(BARE_WATTS), uuid=UUIDS[3], gpm=QUIET),
         ],
         xids=[Xid(gpu=1, code=31, at_s=3 * level_seconds)],
@@ -154,18 +163,29 @@ class Engines:
         return {**ids, "model": model, "tenant": tenant, "status": "finished"}
 
 
+RULES = Path(__file__).parents[2] / "deploy" / "prometheus" / "recording"
 PROMETHEUS = """\
 global: {{scrape_interval: {interval}s, scrape_timeout: {interval}s}}
+rule_files: ["rules/*.yml"]
 scrape_configs:
   - job_name: jouletrace
     static_configs:
-      - {{targets: ["{demo}"], labels: {{instance: node-1}}}}
-      - {{targets: ["{node}"], labels: {{instance: node-2}}}}
+      - {{targets: ["{demo}"], labels: {{instance: node-1, cluster: example}}}}
+      - {{targets: ["{node}"], labels: {{instance: node-2, cluster: example}}}}
 """
 
 
+def write_rules(folder: Path, seconds: int) -> None:
+    """Copy the recording rules, evaluated each so many seconds. No expression is touched."""
+    folder.mkdir()
+    for file in RULES.glob("*.yml"):
+        (folder / file.name).write_text(file.read_text().replace("interval: 1m", f"interval: {seconds}s"))
+
+
 @contextlib.contextmanager
-def small_fleet(folder: Path, *, level_seconds: float, replay_speed: float, scrape_seconds: int) -> Iterator[str]:
+def small_fleet(
+    folder: Path, *, level_seconds: float, replay_speed: float, scrape_seconds: int, rule_seconds: int
+) -> Iterator[str]:
     """Run the fleet; yield the URL of its Prometheus."""
     port = free_port()
     (folder / "demo").mkdir()
@@ -173,14 +193,15 @@ def small_fleet(folder: Path, *, level_seconds: float, replay_speed: float, scra
     epoch_ns = time.time_ns()
     variables = simulated(build(), folder / "node", scenario(level_seconds, epoch_ns))
     # Other tests' engines on this machine are not this fleet's.
-    alone, patience = "--no-engines.discover", "--diagnosis.parked-after=5s"
+    alone, patience, listing = "--no-engines.discover", "--diagnosis.parked-after=5s", "--workloads.processes"
     with (
         DaemonProcess(folder / "demo", "--demo", f"--replay.speed={replay_speed}", alone) as demo,
-        DaemonProcess(folder / "node", patience, alone, variables=variables) as node,
+        DaemonProcess(folder / "node", patience, listing, alone, variables=variables) as node,
     ):
         targets = {"demo": demo.url.removeprefix("http://"), "node": node.url.removeprefix("http://")}
         configuration = folder / "prometheus.yml"
         configuration.write_text(PROMETHEUS.format(interval=scrape_seconds, **targets))
+        write_rules(folder / "rules", rule_seconds)
         node.until("readiness", node.ready)
         command = ["prometheus", f"--config.file={configuration}", f"--storage.tsdb.path={folder / 'tsdb'}"]
         command += [f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage", "--log.level=warn"]

@@ -24,8 +24,11 @@ from jouletrace.diagnosis.causes import Cause
 from jouletrace.diagnosis.drivers import Driver
 from jouletrace.diagnosis.verdicts import Flag, Verdict
 from jouletrace.diagnosis.waste import WasteCause
+from jouletrace.gpu.readings import ThrottleReason
 from jouletrace.metrics import names
-from tests.dashboards.asked import Json, panels, queries, values
+from tests.dashboards.asked import Json, Shown, filled, panels, queries, values
+from tests.promql_labels import result_labels
+from tests.unit.test_deploy_prometheus import KNOWN, rules
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "tests" / "data" / "grafana-schema"
@@ -37,13 +40,20 @@ NOT_SHOWN = {
     names.GPU_POWER_WATTS: "one sample of a fast signal; the boards show the rate of joules",
     names.GPU_DRAM_BYTES: "the bandwidth ratio says it without the peak of each GPU",
 }
-WINDOWS = ("$__rate_interval", "$__range", "5m", "1h", "6h", "1d", "3d")
-"""What rate() and increase() are taken over: Grafana's, the smoothing of quotients, and those of burn rates."""
+WINDOWS = ("$__rate_interval", "$__interval", "$__range", "5m")
+"""What functions over time are taken over: Grafana's, and the smoothing of quotients."""
+RECORDED = {rule["record"]: rule["expr"] for rule in rules("recording")}
+FLEET_BOARDS = ("jouletrace-fleet", "jouletrace-requests")
 
 
 @pytest.fixture(params=BOARDS)
 def board(request: pytest.FixtureRequest) -> Json:
     return BOARDS[request.param]
+
+
+def base(dashboard: Json) -> tuple[str, ...]:
+    """Return what the board is narrowed by before anything else."""
+    return ("cluster",) if dashboard["uid"] in FLEET_BOARDS else ("job", "instance")
 
 
 def expressions(dashboard: Json) -> Iterator[tuple[str, str]]:
@@ -133,25 +143,28 @@ def test_every_panel_says_what_it_shows_in_which_unit(board: Json) -> None:
 
 def test_variables(board: Json) -> None:
     variables = {one["name"]: one for one in board["templating"]["list"]}
-    assert list(variables)[:3] == ["datasource", "job", "instance"]
+    assert list(variables)[: 1 + len(base(board))] == ["datasource", *base(board)]
     asked = " ".join(expression for _, expression in expressions(board))
     for name, variable in variables.items():
         assert variable["label"]
         if variable["type"] == "query":
             assert variable["refresh"] == 2
             assert variable["datasource"]["uid"] == "${datasource}"
-            assert re.fullmatch(r"label_values\(jouletrace_\w+(\{.+\})?, \w+\)", variable["definition"])
+            assert re.fullmatch(r"label_values\(jouletrace[\w:]+(\{.+\})?, \w+\)", variable["definition"])
         assert variable["type"] == "datasource" or f"${name}" in asked, f"{name} narrows nothing"
     # Numbers are groups of label_replace.
-    used = set(re.findall(r"\$([a-z_]\w*)", asked)) - {"__rate_interval", "__range"}
+    used = set(re.findall(r"\$([a-z_]\w*)", asked)) - {"__rate_interval", "__interval", "__range"}
     assert used <= variables.keys()
 
 
 def test_every_query_is_narrowed_and_takes_a_window_that_fits(board: Json) -> None:
     for title, expression in expressions(board):
-        selectors = re.findall(r"\b(?:jouletrace|process|up|scrape)\w*\{([^}]*)\}", expression)
-        assert selectors or "vector($budget)" in expression, title
-        assert all('job=~"$job",instance=~"$instance"' in one for one in selectors), title
+        selectors = re.findall(r"\b([a-z][\w:]*)\{([^}]*)\}", expression)
+        assert selectors, title
+        for name, matchers in selectors:
+            # Prometheus' own series about a scrape are not in the list.
+            narrowing = [one for one in base(board) if one in KNOWN.get(name, base(board))]
+            assert all(f'{one}=~"${one}"' in matchers for one in narrowing), (title, name)
         assert set(re.findall(r"\[([^\]]+)\]", expression)) <= set(WINDOWS), title
         for counter in re.findall(r"\b\w+_total\{[^}]*\}(?!\[)", expression):
             assert f"unless {counter} offset" in expression or f"{counter} unless" in expression, (title, counter)
@@ -182,9 +195,45 @@ def test_alerts_lead_to_boards_that_exist() -> None:
     assert set(found) <= BOARDS.keys()
 
 
+def recorded_from(expression: str) -> Iterator[str]:
+    """Return the expressions of the rules that an expression rests on."""
+    for name in re.findall(r"jouletrace:[\w:]+", expression):
+        yield RECORDED[name]
+        yield from recorded_from(RECORDED[name])
+
+
+def test_the_fleet_is_read_from_sums_of_clusters_and_nodes() -> None:
+    for title, expression in expressions(BOARDS["jouletrace-fleet"]):
+        found = re.findall(r"\b([a-z][\w:]*)\{", expression)
+        assert found, title
+        assert all(re.match(r"jouletrace:(cluster|instance)", name) for name in found), title
+
+
+def test_what_a_recorded_value_stands_for() -> None:
+    files = (ROOT / "deploy" / "prometheus" / "recording").glob("*.yml")
+    groups = [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]
+    assert {group["interval"] for group in groups} == {f"{outside.RULE_SECONDS // 60}m"}
+
+
+def test_labels_of_every_query_are_there(board: Json) -> None:
+    # An empty value is one of every label.
+    variables = dict.fromkeys(("cluster", "job", "instance", "gpu", "model", "tenant", "engine"), "")
+    variables |= {"__rate_interval": "1m", "__interval": "1m", "__range": "1h"}
+    scraped = dict.fromkeys(("scrape_duration_seconds", "scrape_samples_scraped"), KNOWN["up"])
+    for title, expression in expressions(board):
+        try:
+            result_labels(filled(expression, variables), KNOWN | scraped)
+        except ValueError as error:
+            pytest.fail(f"{title}: {error}")
+
+
 def test_only_metrics_that_there_are_and_each_of_them() -> None:
-    asked = " ".join(expression for board in BOARDS.values() for _, expression in expressions(board))
-    found = set(re.findall(r"(?<![\w\"])([a-z_]+)\{", asked))
+    direct = [expression for board in BOARDS.values() for _, expression in expressions(board)]
+    asked = " ".join(direct)
+    found = set(re.findall(r"(?<![\w\":])([a-z_]+)\{", asked))
+    assert set(re.findall(r"jouletrace:[\w:]+", asked)) <= RECORDED.keys()
+    for expression in direct:
+        found |= set(re.findall(r"\bjouletrace_\w+", " ".join(recorded_from(expression))))
     known = {metric.name for metric in names.ALL}
     parts = {m.name + suffix for m in names.ALL if m.type != "gauge" for suffix in ("_bucket", "_sum", "_count")}
     foreign = {one.name for one in vars(outside).values() if isinstance(one, names.Metric)}
@@ -200,6 +249,7 @@ def test_words_for_every_member() -> None:
         (words.DRIVER_COLORS, Driver),
         (words.VERDICT_COLORS, Verdict),
         (words.FLAG_COLORS, Flag),
+        (words.THROTTLE_COLORS, ThrottleReason),
         (words.CAUSE_COLORS, Cause),
         (words.WASTE_COLORS, WasteCause),
         (words.CAUSE_ADVICE, Cause),
@@ -214,9 +264,9 @@ def test_words_for_every_member() -> None:
 def test_prometheus_understands_every_query(tmp_path: Path) -> None:
     rules = []
     for board in BOARDS.values():
-        variables = values(board, rate_interval="1m", time_range="1h", engine="vllm-0")
-        rules += [one.expression for one in queries(board, variables)]
-        rules += [a["expr"].replace("$job", ".+").replace("$instance", ".+") for a in board["annotations"]["list"]]
+        variables = values(board, engine="vllm-0")
+        rules += [one.expression for one in queries(board, variables, Shown(3600, 15))]
+        rules += [filled(annotation["expr"], variables) for annotation in board["annotations"]["list"]]
     groups = [{"name": "boards", "rules": [{"record": f"board:{i}", "expr": e} for i, e in enumerate(rules)]}]
     file = tmp_path / "rules.yml"
     file.write_text(yaml.safe_dump({"groups": groups}))

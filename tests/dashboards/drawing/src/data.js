@@ -15,6 +15,8 @@ const POINTS = 240;
 export const NOW = Date.now();
 export const FROM = NOW - RANGE_SECONDS * 1000;
 export const STEP = Math.max(SCRAPE_SECONDS, Math.ceil(RANGE_SECONDS / POINTS));
+const leastStep = (target) => (target.interval ? parseInt(target.interval, 10) : SCRAPE_SECONDS);
+const stepOf = (target) => Math.max(leastStep(target), STEP);
 export const faults = [];
 
 // Grafana's bootstrap fills these two registries; its packages alone leave them empty.
@@ -24,7 +26,7 @@ const property = (id, process) => ({
 const custom = (id) => ({ ...property(`custom.${id}`, identityOverrideProcessor), path: id, isCustom: true });
 const customIds = [
   'lineStyle', 'lineWidth', 'fillOpacity', 'stacking', 'cellOptions', 'axisLabel', 'drawStyle', 'showPoints',
-  'thresholdsStyle', 'lineInterpolation', 'gradientMode', 'spanNulls', 'hideFrom', 'scaleDistribution', 'axisSoftMax',
+  'thresholdsStyle', 'lineInterpolation', 'gradientMode', 'spanNulls', 'hideFrom', 'scaleDistribution', 'axisSoftMin', 'axisSoftMax',
   'axisPlacement', 'axisColorMode', 'axisGridShow', 'minWidth', 'align',
 ];
 standardFieldConfigEditorRegistry.setInit(() => [
@@ -53,11 +55,11 @@ export function interpolator(dashboard) {
   const shown = (text, names) => text.replace(/\$\{?(\w+)(:\w+)?\}?/g, (match, name) => names[name] ?? match);
   return {
     title: (text) => shown(text, chosen),
-    query: (text) => shown(text, {
+    query: (target) => shown(target.expr, {
       ...chosen,
-      __rate_interval: `${Math.max(4 * SCRAPE_SECONDS, STEP + SCRAPE_SECONDS)}s`,
+      __rate_interval: `${Math.max(4 * leastStep(target), stepOf(target) + leastStep(target))}s`,
       __range: `${RANGE_SECONDS}s`,
-      __interval: `${STEP}s`,
+      __interval: `${stepOf(target)}s`,
     }),
   };
 }
@@ -84,7 +86,7 @@ function seriesFrame(target, one) {
     refId: target.refId,
     name,
     fields: [
-      { name: 'Time', type: FieldType.time, values: points.map((p) => p[0] * 1000), config: { interval: STEP * 1000 } },
+      { name: 'Time', type: FieldType.time, values: points.map((p) => p[0] * 1000), config: { interval: stepOf(target) * 1000 } },
       {
         name: 'Value', type: FieldType.number, labels: one.metric, config: { displayNameFromDS: name },
         values: points.map((p) => Number(p[1])),
@@ -93,8 +95,9 @@ function seriesFrame(target, one) {
   });
 }
 
-async function ask(target, interpolate, step) {
-  const query = encodeURIComponent(interpolate.query(target.expr));
+async function ask(target, interpolate) {
+  const query = encodeURIComponent(interpolate.query(target));
+  const step = stepOf(target);
   const instant = target.instant && !target.range;
   const end = Math.floor(NOW / 1000 / step) * step;
   const url = instant
@@ -112,8 +115,7 @@ async function ask(target, interpolate, step) {
 }
 
 export async function load(panel, interpolate, theme) {
-  const step = panel.type === 'heatmap' ? Math.max(STEP, RANGE_SECONDS / panel.maxDataPoints) : STEP;
-  const answers = await Promise.all((panel.targets || []).map((target) => ask(target, interpolate, step)));
+  const answers = await Promise.all((panel.targets || []).map((target) => ask(target, interpolate)));
   let frames = answers.flat();
   if (panel.transformations && frames.length) {
     frames = await lastValueFrom(transformDataFrame(panel.transformations, frames, { interpolate: (text) => text }));

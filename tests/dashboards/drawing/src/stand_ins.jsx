@@ -110,10 +110,10 @@ export function Heatmap({ panel, frames, width, height, theme }) {
         </text>
       ))}
       {cells.map(({ t, row, value }) => (
-        <rect key={`${t} ${row}`} x={x(t) - wide} y={height - AXIS - (row - low) * lane} width={wide}
+        <rect key={`${t} ${row}`} x={Math.max(x(t) - wide, left)} y={height - AXIS - (row - low) * lane} width={Math.min(wide, x(t) - left)}
           height={lane - 1} fill="#ff8c1a" opacity={0.15 + 0.85 * Math.sqrt(value / most)} />
       ))}
-      <TimeAxis left={left} width={inner} y={height - 4} color={color} width={width} />
+      <TimeAxis left={left} width={inner} y={height - 4} color={color} />
     </svg>
   );
 }
