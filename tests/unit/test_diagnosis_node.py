@@ -1,5 +1,5 @@
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from jouletrace.diagnosis.verdicts import Flag, Verdict
 from jouletrace.diagnosis.waste import WasteCause
 from jouletrace.energy.timeline import Timeline
 from jouletrace.gpu.replay import Course, ReplaySource
-from jouletrace.gpu.sampler import Intervals, Sampler
+from jouletrace.gpu.sampler import Intervals, LiveDevice, Sampler
 from jouletrace.requests.account import EngineState, EngineTotals, LedgerSnapshot
 from jouletrace.requests.devices import BusyTrack
 from jouletrace.requests.law import LawBook
@@ -32,6 +32,8 @@ class Replayed:
     """The daemon's sampler on the demo recording in stepped time, diagnosed each second."""
 
     def __init__(self, **options: float) -> None:
+        self.changed: Callable[[LiveDevice], LiveDevice] = lambda device: device
+        """How the diagnosis gets to see a device."""
         self.clock = SteppedClock()
         self.source = ReplaySource(DEMO, loop=False, clock=self.clock)
         self.sampler = Sampler(self.source, Intervals())
@@ -49,7 +51,8 @@ class Replayed:
             while self.clock.t_ns < second_ns:
                 self.clock.t_ns = min(self.sampler.run_due(), second_ns)
             self.sampler.run_due()
-            self.diagnosis.observe(self.sampler.live_devices(), account or LedgerSnapshot())
+            devices = [self.changed(device) for device in self.sampler.live_devices()]
+            self.diagnosis.observe(devices, account or LedgerSnapshot())
             seen.append(self.diagnosis.snapshot())
         return seen
 
@@ -173,6 +176,29 @@ def test_parked_energy_is_waste_only_beyond_the_allowed_time() -> None:
     avoidable = 121.4 - live.idle_watts["bare"]
     assert wasted == pytest.approx((found.verdict_seconds[Verdict.PARKED] - 4.0) * avoidable, rel=0.05)
     assert set(seen[-1].wasted_joules) == {(found.uuid, WasteCause.PARKED)}
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA H999"])
+def test_parked_energy_of_a_device_that_was_never_seen_free(name: str) -> None:
+    node = Replayed(parked_after_seconds=4.0)
+    # Held ever since the daemon began to look at it.
+    node.changed = lambda device: replace(
+        device,
+        info=replace(device.info, name=name),
+        idle_watts={kind: watts for kind, watts in device.idle_watts.items() if kind != "bare"},
+    )
+    phases, _ = phases_of(read(DEMO))
+    parked = next(phase for phase in phases if phase.name == "idle_with_weights")
+    seen = node.run(node.course.to_replay(parked.end_ns) - S)
+    [found] = seen[-1].devices
+    wasted = seen[-1].wasted_joules
+    if name == "NVIDIA H999":
+        # Nobody knows what such a device draws when nobody holds it.
+        assert not wasted
+    else:
+        # Of the model, 79 W were measured.
+        expected = (found.verdict_seconds[Verdict.PARKED] - 4.0) * (121.4 - 79)
+        assert wasted[found.uuid, WasteCause.PARKED] == pytest.approx(expected, rel=0.05)
 
 
 def test_an_engine_is_diagnosed_over_half_a_minute_with_its_reference() -> None:

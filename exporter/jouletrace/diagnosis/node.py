@@ -375,7 +375,11 @@ class _Device:
         """Up to here it is diagnosed."""
         self._is_present = True
         self._hysteresis = Hysteresis()
-        self._refinement = Refinement(model_of(device.info.name, device.info.board_limit_watts))
+        model = model_of(device.info.name, device.info.board_limit_watts)
+        self._refinement = Refinement(model)
+        self._usual_bare_watts = None if model.generic else model.coefficients.idle_watts[IdleKind.BARE]
+        """What other devices of the model draw when nobody holds them: one that an engine has held ever since this
+        process first saw it shows no bare level of its own."""
         self._refined_ns = 0
         self._since_ns = self._booked_ns = self.end_ns
         self._verdict: Verdict | None = None
@@ -501,7 +505,7 @@ class _Device:
             underutilized=underutilized,
             active_ratio=signals.active_ratio,
             parked_watts=signals.idle_watts.get(IdleKind.PARKED),
-            bare_watts=signals.idle_watts.get(IdleKind.BARE),
+            bare_watts=signals.idle_watts.get(IdleKind.BARE, self._usual_bare_watts),
             throttled_ratio=throttled,
             clock_ratio=None if signals.sm_clock_hertz is None else clock_ratio(signals),
         )

@@ -50,7 +50,7 @@ class DeviceUse:
     parked_watts: float | None = None
     """The learnt level of a held device that does nothing."""
     bare_watts: float | None = None
-    """The learnt level of a device that nobody holds."""
+    """The level of a device that nobody holds: learnt, or that of its model."""
     throttled_ratio: float | None = None
     """Part of the time that clocks were held down by heat or a brake, not by the power limit."""
     clock_ratio: float | None = None

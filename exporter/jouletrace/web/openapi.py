@@ -176,8 +176,8 @@ def _live() -> dict[str, Any]:
     errors = _json(_reference("ErrorAnswer"))
     operation = _read("What the live page shows, as server-sent events.", _media("text/event-stream"))
     operation["responses"]["200"]["description"] = (
-        "A stream that does not end. Each event is a line `event: NAME`, a line `data: JSON` and an empty line: `hello` "
-        "once, then each second `trace`, `drivers`, `node` and, for clients on this machine or with the token, "
+        "A stream that does not end. Each event is a line `event: NAME`, a line `data: JSON` and an empty line: "
+        "`hello` once, then each second `trace`, `drivers`, `node` and, for clients on this machine or with the token, "
         "`requests`. The first `trace` and `drivers` go a minute back."
     )
     operation["responses"]["503"] = _answer("Too many look already: come again after Retry-After seconds.", errors)
