@@ -473,8 +473,8 @@ WASTED_ENERGY_JOULES = Metric(
     "counter",
     "Energy in joules that a named cause burned and somebody could have saved. parked: held without any request for "
     "longer than diagnosis.parked_after, less what the GPU draws when nobody holds it, as seen once or as known of its "
-    "model; not counted where neither is. throttling is an upper bound, the other causes are lower ones. What cannot be "
-    "shown to be avoidable is not in it.",
+    "model; not counted where neither is. throttling is an upper bound, the other causes are lower ones. What cannot "
+    "be shown to be avoidable is not in it.",
     (*_DEVICE, "cause"),
     tuple(WasteCause),
 )
