@@ -14,6 +14,7 @@ from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
 from jouletrace.diagnosis.verdicts import Flag, Verdict
 from jouletrace.diagnosis.waste import WasteCause
 from jouletrace.energy.timeline import Timeline
+from jouletrace.gpu.readings import StateReading, ThrottleReason
 from jouletrace.gpu.replay import Course, ReplaySource
 from jouletrace.gpu.sampler import Intervals, LiveDevice, Sampler
 from jouletrace.requests.account import EngineState, EngineTotals, LedgerSnapshot
@@ -199,6 +200,27 @@ def test_parked_energy_of_a_device_that_was_never_seen_free(name: str) -> None:
         # Of the model, 79 W were measured.
         expected = (found.verdict_seconds[Verdict.PARKED] - 4.0) * (121.4 - 79)
         assert wasted[found.uuid, WasteCause.PARKED] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("reasons", "spent"), [(0x40, 0.0), (0x20, 0.5), (0, 0.0)])
+def test_heat_is_told_by_its_own_counter_or_else_by_the_event_reasons(reasons: int, spent: float) -> None:
+    """A live device reads the software's slowdown each second; the hardware's counters take too long for that."""
+    node = Replayed()
+
+    def heated(state: StateReading) -> StateReading:
+        counted = {ThrottleReason.SW_THERMAL: round(spent * state.t_ns)}
+        clocks = {**state.clock_hertz, "sm": 990e6}
+        return replace(state, event_reasons=reasons, throttled_ns=counted, clock_hertz=clocks)
+
+    node.changed = lambda device: replace(device, states=[heated(state) for state in device.states])
+    seen = node.run(node.course.to_replay(node.course.end_ns) - S)
+    [found] = seen[-1].devices
+    wasted = seen[-1].wasted_joules.get((found.uuid, WasteCause.THROTTLING), 0.0)
+    # The parked level for the time that half of the highest clock (1,980 MHz) makes work longer; less for the time
+    # that is booked as parked, and in which nothing is learnt yet.
+    part = 1.0 if reasons == 0x40 else spent
+    whole = sum(found.verdict_seconds.values()) * 121.4 * 0.5 * part
+    assert 0.7 * whole <= wasted <= 1.01 * whole
 
 
 def test_an_engine_is_diagnosed_over_half_a_minute_with_its_reference() -> None:

@@ -363,6 +363,49 @@ def test_state(simulate: NodeFactory) -> None:
     assert ThrottleReason.THERMAL not in spent
 
 
+def each_ten_seconds(node: SimulatedNode, device: NvmlDevice, seconds: int) -> list[tuple[float, int]]:
+    """Read the state each second and the health each ten; return the time held down by heat and the field reads."""
+    found = []
+    for second in range(1, seconds + 1):
+        node.shim.advance(1)
+        device.state()
+        if second % 10 == 0:
+            before = node.shim.call_count(FIELDS, 0)
+            held = device.health().throttled_ns[ThrottleReason.HW_THERMAL] / NS
+            found.append((held, node.shim.call_count(FIELDS, 0) - before))
+    return found
+
+
+def test_the_slow_throttle_times_are_read_often_only_while_a_reason_shows(simulate: NodeFactory) -> None:
+    # Held down for 0.9 of the time from 40 s to 60.5 s, which ends between two looks.
+    power = Steps([(0, 100), (40.2, 400), (60.5, 100)], active_above_watts=200)
+    node = simulate(Device(power=power, throttle={"hw_thermal": (0.9, 0.0)}))
+    device = opened(node)
+    device.health()
+    found = each_ten_seconds(node, device, 120)
+    truth = [0.9 * min(max(t - 40.2, 0.0), 20.3) for t in range(10, 130, 10)]
+    assert [held for held, _ in found] == pytest.approx(truth, abs=0.01)
+    # The memory errors each time; the slow ones each 30 s, at 50 s and 60 s, and once behind the end.
+    assert [reads for _, reads in found] == [1, 1, 2, 1, 2, 2, 2, 1, 1, 2, 1, 1]
+
+
+def test_a_slowdown_that_no_reason_shows_is_counted_half_a_minute_later(simulate: NodeFactory) -> None:
+    node = simulate(Device(throttle={"hw_thermal": 0.25}))
+    device = opened(node)
+    device.health()
+    found = each_ten_seconds(node, device, 90)
+    assert [held for held, _ in found] == pytest.approx([0, 0, 7.5, 7.5, 7.5, 15, 15, 15, 22.5], abs=0.01)
+
+
+def test_without_event_reasons_the_slow_throttle_times_are_always_read(simulate: NodeFactory) -> None:
+    calls = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+    node = simulate(Device(throttle={"hw_thermal": 0.25}), faults=[Fault.error(call, 3) for call in calls])
+    device = opened(node)
+    device.health()
+    found = each_ten_seconds(node, device, 40)
+    assert [held for held, _ in found] == pytest.approx([2.5, 5, 7.5, 10], abs=0.01)
+
+
 def test_health(simulate: NodeFactory) -> None:
     node = simulate(
         Device(

@@ -17,6 +17,7 @@ import pytest
 from jouletrace.diagnosis.drivers import Driver, Refinement, decompose, model_of
 from jouletrace.diagnosis.signals import DeviceSignals, align, merge, next_span
 from jouletrace.diagnosis.verdicts import Hysteresis, Judgement, judge
+from jouletrace.gpu.graphics import GraphicsPace
 from jouletrace.gpu.readings import ActivityReading, Pipe, StateReading
 from jouletrace.trace.analyze import Phase, analyze, phases_of
 from jouletrace.trace.diagnosis import RecordedDevice, series
@@ -299,18 +300,22 @@ def combined(readings: list[ActivityReading], *, graphics: bool) -> ActivityRead
 
 
 def as_live(path: Path) -> tuple[list[ActivityReading], list[StateReading]]:
-    """Return a recording's GPM at 2 Hz, with GRAPHICS each 5 s while SM leaves open what it is, and states at 1 Hz."""
+    """Return a recording's GPM at 2 Hz, GRAPHICS as the daemon reads it, and states at 1 Hz."""
     recorded = device(path)
     stream = recording(path).streams[GPM]
     rows = recorded._readings(int(stream.t_ns[1]), int(stream.t_ns[-1]))
     found: list[ActivityReading] = []
-    first = 0
+    pace, first = GraphicsPace(), 0
+    pace.begin(rows[0].start_ns)
     for at in range(0, len(rows) - 5, 5):
         found.append(combined(rows[at : at + 5], graphics=False))
-        age_ns = rows[at + 4].end_ns - rows[first].start_ns
-        unclear = 0.005 < found[-1].busy_ratio.get(Pipe.SM, 0.0) < 0.5
-        if age_ns >= 30 * S or (age_ns >= 5 * S and unclear):
-            found.append(combined(rows[first : at + 5], graphics=True))
+        now_ns = found[-1].end_ns
+        # Looked at each second.
+        if at % 10 == 5 and pace.is_due(now_ns, found, 30.0):
+            pace.begin(now_ns)
+            graphics = combined(rows[first : at + 5], graphics=True)
+            pace.add(graphics, found)
+            found.append(graphics)
             first = at + 5
     states = [one for one in recorded._states(0, 2**62) if one.clock_hertz]
     return found, states[::10]

@@ -71,14 +71,14 @@ STATE_FRESH_NS = 60 * S
 """What an engine said of its queue counts this long; idle engines report no steps."""
 REFINE_NS = 60 * S
 """How often a device's own coefficients are fitted: they have a half-life of an hour."""
-HINDRANCES = (
-    ThrottleReason.THERMAL,
-    ThrottleReason.SW_THERMAL,
-    ThrottleReason.HW_THERMAL,
-    ThrottleReason.HW_POWER_BRAKE,
-)
-"""What holds clocks down and can be mended. The power limit is not among them: a busy H200 runs at it."""
-HINDRANCE_BITS = SW_THERMAL_BIT | HW_THERMAL_BIT | POWER_BRAKE_BIT
+HINDRANCES: Mapping[ThrottleReason, int] = {
+    ThrottleReason.THERMAL: SW_THERMAL_BIT | HW_THERMAL_BIT,
+    ThrottleReason.SW_THERMAL: SW_THERMAL_BIT,
+    ThrottleReason.HW_THERMAL: HW_THERMAL_BIT,
+    ThrottleReason.HW_POWER_BRAKE: POWER_BRAKE_BIT,
+}
+"""What holds clocks down and can be mended, with its event reasons. The power limit is not among them: a busy H200 runs
+at it."""
 
 
 class WatchedDevice(Protocol):
@@ -570,9 +570,13 @@ def _spans(start_ns: int, end_ns: int, readings: Sequence[ActivityReading]) -> I
 
 def _hindered(signals: DeviceSignals) -> float | None:
     """Return the part of the span for which heat or a brake held the clocks down; None when nobody can tell."""
-    counted = [ratio for reason, ratio in signals.throttled_ratio.items() if reason in HINDRANCES]
-    if counted:
-        return max(counted)
+    counted = {reason: ratio for reason, ratio in signals.throttled_ratio.items() if reason in HINDRANCES}
     if signals.event_reasons is None:
-        return None
-    return 1.0 if signals.event_reasons & HINDRANCE_BITS else 0.0
+        return max(counted.values(), default=None)
+    # Of those that take long to read, only the event reasons are as young as the span.
+    uncounted = signals.event_reasons
+    for reason in counted:
+        uncounted &= ~HINDRANCES[reason]
+    if any(uncounted & bits for bits in HINDRANCES.values()):
+        return 1.0
+    return max(counted.values(), default=0.0)

@@ -73,6 +73,12 @@ FI_THROTTLE = {
 """Fields of cumulative nanoseconds. 75 is the older sum of 269 and 270 and is dropped where those exist."""
 FI_THROTTLE_SLOW = (75, 270, 271)
 """Each of these takes 1.2 ms on an H200, the others 0.04 ms; being cumulative, they lose nothing in a slow tier."""
+SLOW_REASON_BITS = 0x8 | 0x20 | 0x40 | 0x80
+"""Clock event reasons (nvml.h) in which these fields grow: hardware slowdown, heat by software and by hardware, power
+brake."""
+SLOW_THROTTLE_NS = 25_000_000_000
+"""They are read in each `health` after such a reason was seen, and else in the first one after this time: each 30 s at
+the usual 10 s. Reasons are those of a moment, so a shorter slowdown than their interval may show in none."""
 FI_THROTTLE_FAST = tuple(field for field in FI_THROTTLE if field not in FI_THROTTLE_SLOW)
 FI_MEMORY_TEMPERATURE = 82
 FI_POWER_AVERAGE, FI_POWER_INSTANT = 185, 186
@@ -495,8 +501,13 @@ class NvmlDevice:
             [(FI_POWER_INSTANT, SCOPE_GPU), (FI_POWER_AVERAGE, SCOPE_GPU), (FI_POWER_AVERAGE, SCOPE_MEMORY)]
         )
         self._state_fields = _Fields([*((field, 0) for field in FI_THROTTLE_FAST), (FI_MEMORY_TEMPERATURE, 0)])
-        self._slow_reasons: tuple[int, ...] = FI_THROTTLE_SLOW
-        self._health_fields = _health_fields(FI_THROTTLE_SLOW)
+        self._slow_fields = _Fields([(field, 0) for field in FI_THROTTLE_SLOW])
+        self._slow_throttled: dict[ThrottleReason, int] = {}
+        self._slow_read_ns: int | None = None
+        self._is_slowed = self._was_slowed = False
+        """Whether the newest state shows a slow field's reason or does not tell, and whether any has since these were
+        read."""
+        self._ecc_fields = _Fields([(FI_ECC_SBE_VOLATILE, 0), (FI_ECC_DBE_VOLATILE, 0)])
         self._counter = ctypes.c_ulonglong()
         self._uint, self._ulonglong = ctypes.c_uint(), ctypes.c_ulonglong()
         self._utilization = pynvml.c_nvmlUtilization_t()
@@ -752,6 +763,8 @@ class NvmlDevice:
             ctypes.byref(self._ulonglong),
         ):
             reasons = self._ulonglong.value if self._ulonglong.value != ALL_ONES else None
+        self._is_slowed = reasons is None or bool(reasons & SLOW_REASON_BITS)
+        self._was_slowed |= self._is_slowed
         temperatures = {}
         gpu_temperature = self._gpu_temperature()
         if gpu_temperature is not None:
@@ -817,18 +830,32 @@ class NvmlDevice:
             limit = self._uint.value / 1e3
         ecc = {}
         try:
-            *times, corrected, uncorrected = self._read_fields(self._health_fields)
+            corrected, uncorrected = self._read_fields(self._ecc_fields)
         except UnsupportedError:
-            times, corrected, uncorrected = [], None, None
-        throttled = _throttled(self._slow_reasons, times)
-        if ThrottleReason.HW_THERMAL in throttled and throttled.pop(ThrottleReason.THERMAL, None) is not None:
-            # The older sum is not needed beside its parts: 0.6 ms a read less from now on.
-            self._slow_reasons = tuple(f for f in FI_THROTTLE_SLOW if FI_THROTTLE[f] is not ThrottleReason.THERMAL)
-            self._health_fields = _health_fields(self._slow_reasons)
+            corrected, uncorrected = None, None
         for kind, errors in (("corrected", corrected), ("uncorrected", uncorrected)):
             if errors is not None and 0 <= errors < MOST_COUNT:
                 ecc[kind] = int(errors)
-        return HealthReading(self._clock.now_ns(), processes, shares, limit, ecc, throttled)
+        now_ns = self._clock.now_ns()
+        if self._was_slowed or self._slow_read_ns is None or now_ns - self._slow_read_ns >= SLOW_THROTTLE_NS:
+            self._slow_throttled = self._slow_times()
+            self._slow_read_ns = now_ns
+            # What is still on goes on to count: its end is read as well.
+            self._was_slowed = self._is_slowed
+        return HealthReading(now_ns, processes, shares, limit, ecc, self._slow_throttled)
+
+    def _slow_times(self) -> dict[ThrottleReason, int]:
+        """Read the slow throttle times, ns."""
+        try:
+            times = self._read_fields(self._slow_fields)
+        except UnsupportedError:
+            return {}
+        throttled = _throttled([field for field, _ in self._slow_fields.ids], times)
+        if ThrottleReason.HW_THERMAL in throttled and throttled.pop(ThrottleReason.THERMAL, None) is not None:
+            # The older sum is not needed beside its parts: 0.6 ms a read less from now on.
+            kept = [one for one in self._slow_fields.ids if FI_THROTTLE[one[0]] is not ThrottleReason.THERMAL]
+            self._slow_fields = _Fields(kept)
+        return throttled
 
     def processes(self) -> Sequence[ProcessReading] | None:
         """Return the processes with a context, without SM shares; `None` when the driver does not list them."""
@@ -884,10 +911,6 @@ def _first_after_step(wall_ns: Int64s, step_ns: int, now_wall_ns: int) -> int:
         return int(off_ns.argmin()) + 1
     is_after = abs(int(wall_ns[-1]) - now_wall_ns) < abs(int(wall_ns[-1]) + step_ns - now_wall_ns)
     return 0 if is_after else len(wall_ns)
-
-
-def _health_fields(slow_reasons: Sequence[int]) -> _Fields:
-    return _Fields([*((field, 0) for field in slow_reasons), (FI_ECC_SBE_VOLATILE, 0), (FI_ECC_DBE_VOLATILE, 0)])
 
 
 def _throttled(fields: Sequence[int], times: Sequence[float | None]) -> dict[ThrottleReason, int]:

@@ -212,7 +212,8 @@ class HealthReading:
     ecc_errors: Mapping[str, int] = field(default_factory=dict)
     """Volatile totals by kind: `corrected`, `uncorrected`."""
     throttled_ns: Mapping[ThrottleReason, int] = field(default_factory=dict)
-    """Cumulative since the driver was loaded, like `StateReading`'s: the reasons that take long to read."""
+    """Cumulative since the driver was loaded, like `StateReading`'s: the reasons that take long to read. As they last
+    were read, up to half a minute ago while no event reason has shown that one of them holds."""
 
 
 @dataclass(frozen=True, slots=True)

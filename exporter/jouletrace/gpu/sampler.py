@@ -20,6 +20,7 @@ from jouletrace.energy.baseline import Baseline, IdleKind, IdleLevel, holds_cont
 from jouletrace.energy.meter import EnergySource, Meter
 from jouletrace.energy.timeline import Timeline, WindowEnergy
 from jouletrace.gpu.capabilities import Capabilities, advice, probe
+from jouletrace.gpu.graphics import LOOK_SECONDS, GraphicsPace
 from jouletrace.gpu.readings import (
     ActivityReading,
     Device,
@@ -80,20 +81,15 @@ ENERGY_TIERS = frozenset(
         ("polling", EnergySource.POWER_AVERAGE),
     }
 )
-ACTIVITY_KEPT = 64
-"""GPM intervals that the diagnosis can look back on: half a minute, as long as the longest GRAPHICS interval."""
+ACTIVITY_KEPT = 96
+"""GPM intervals that the diagnosis can look back on: three quarters of a minute, so that as long as a reading of
+GRAPHICS counts, SM activity is known of most of its interval."""
 STATES_KEPT = 32
 MEMORY_STEP_BYTES = 64 << 20
 """Memory in use that changes by this much since the processes were last listed means that one came or went: a context
 takes some 500 MB on an H200."""
 LISTING_LEAST_NS = 3 * NS
 """The processes are listed no more often than this for such a change: some programs allocate all the time."""
-UNCLEAR_SECONDS = 5.0
-"""How often GRAPHICS is read while the other metrics do not tell for how much of the time the device was busy."""
-UNCLEAR_SM = (0.005, 0.5)
-"""SM activity between which only GRAPHICS tells that. It is never below SM, so more SM says that the device was busy
-for most of the time; less is nothing. On an H200 SM reads 0.11 in a loop of tiny kernels and 0.13 in decode at 20 %
-duty, where GRAPHICS reads 0.28 and 0.20."""
 _SM_OCCUPANCY = Pipe.SM_OCCUPANCY
 """Looked up here, not in the loop: in Python 3.11 a member of an enumeration takes five times a dict's look-up."""
 BUSY_KEPT = 2048
@@ -111,6 +107,7 @@ class Intervals:
     ring: float = 1.0
     activity: float = 0.5
     graphics: float = 30.0
+    """The longest one; `GraphicsPace` says when it is shorter."""
     state: float = 1.0
     health: float = 10.0
     processes: float | None = None
@@ -152,7 +149,7 @@ class LiveDevice:
     processes_ns: int | None
     """When these were listed; None before the first list."""
     readings: Sequence[ActivityReading]
-    """GPM intervals of the last half minute, oldest first; those with GRAPHICS hold nothing else."""
+    """GPM intervals of at least the last half minute, oldest first; those with GRAPHICS hold nothing else."""
     has_activity: bool
     """Whether there is GPM at all."""
     states: Sequence[StateReading]
@@ -212,8 +209,6 @@ class _DeviceAccount:
         self.states: deque[StateReading] = deque(maxlen=STATES_KEPT)
         self.listed_memory_bytes: int | None = None
         """Memory in use when the processes were last listed."""
-        self.graphics_ns = 0
-        """When GRAPHICS was last read."""
         self.busy_track = _BusyTrack()
         """A device whose GPM is withdrawn goes on with less."""
         self.published: DeviceSnapshot | None = None
@@ -230,6 +225,7 @@ class _DeviceAccount:
         self.listing: tuple[int, Sequence[ProcessReading] | None] | None = None
         """When the processes were last listed by themselves, and who they were."""
         self.activity: ActivityReading | None = None
+        self.graphics_pace = GraphicsPace()
         self.activities.clear()
         self.states.clear()
         self.failing.clear()
@@ -650,7 +646,7 @@ class Sampler:
         ]
         if capabilities.has_activity:
             tiers.append(("activity", lambda: intervals.activity * self._stretch, self._read_activity))
-            tiers.append(("graphics", lambda: self._graphics_seconds() * self._stretch, self._read_graphics))
+            tiers.append(("graphics", lambda: self._look_seconds() * self._stretch, self._read_graphics))
         # Memory in use must be known before the first idle window, the ring before the first snapshot.
         source = capabilities.energy_source
         if source is EnergySource.POWER_RING:
@@ -665,8 +661,8 @@ class Sampler:
             tiers.append(("processes", lambda: seconds * self._stretch, self._read_processes))
         return tiers
 
-    def _graphics_seconds(self) -> float:
-        return min(UNCLEAR_SECONDS, self._intervals.graphics)
+    def _look_seconds(self) -> float:
+        return min(LOOK_SECONDS, self._intervals.graphics)
 
     def _polling_seconds(self, account: _DeviceAccount) -> float:
         if account.meter is not None and account.meter.source is EnergySource.POWER_POLLING:
@@ -783,14 +779,13 @@ class Sampler:
             account.add_activity(reading)
 
     def _read_graphics(self, account: _DeviceAccount) -> None:
-        now_ns, latest = self.source.clock.now_ns(), account.activity
-        sm_ratio = 0.0 if latest is None else latest.busy_ratio.get(Pipe.SM, 0.0)
-        is_due = now_ns - account.graphics_ns >= int(self._intervals.graphics * self._stretch * NS)
-        if not is_due and not UNCLEAR_SM[0] < sm_ratio < UNCLEAR_SM[1]:
+        now_ns, pace = self.source.clock.now_ns(), account.graphics_pace
+        if not pace.is_due(now_ns, account.activities, self._intervals.graphics, self._stretch):
             return
-        account.graphics_ns = now_ns
+        pace.begin(now_ns)
         reading = account.device.graphics_activity()
         if reading is not None:
+            pace.add(reading, account.activities, self._stretch)
             account.add_activity(reading)
 
     def _read_state(self, account: _DeviceAccount) -> None:
