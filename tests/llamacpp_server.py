@@ -1,6 +1,6 @@
-"""The real llama.cpp server as a program: `python -m tests.llamacpp_server MODEL PORT`, until it is killed.
+"""The real llama.cpp server as a program: `python -m tests.llamacpp_server MODEL PORT [KEY]`, until it is killed.
 
-Needs xllamacpp. Scrape, proxy and client are tested against it.
+KEY is that of its `--api-key`. Needs xllamacpp. Scrape, proxy and client are tested against it.
 """
 
 import signal
@@ -19,6 +19,7 @@ def main() -> None:
     params.cpuparams.n_threads = 1
     params.hostnames = ["127.0.0.1"]
     params.port = int(sys.argv[2])
+    params.api_keys = sys.argv[3:]
     server = xllamacpp.Server(params)  # It serves as long as this object lives.
     print(server.listening_address, flush=True)
     signal.pause()

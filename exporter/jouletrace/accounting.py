@@ -15,7 +15,7 @@ import structlog
 from aiohttp import web
 
 from jouletrace.clock import Clock
-from jouletrace.config import Config, ConfigError, read_token
+from jouletrace.config import Config, ConfigError, read_tokens
 from jouletrace.diagnosis.node import DiagnosisSnapshot, NodeDiagnosis
 from jouletrace.diagnosis.service import DiagnosisService
 from jouletrace.energy.baseline import QUIET_ACTIVITY
@@ -104,12 +104,12 @@ def read_laws(file: str) -> KnownModels:
         raise ConfigError(f"ledger.laws_file: {file}: {problem}; `jouletrace calibrate` prints a law") from None
 
 
-def _followed_token(file: str, on_change: Callable[[str], None]) -> FollowedFiles[str] | None:
+def _followed_tokens(file: str, on_change: Callable[[Sequence[str]], None]) -> FollowedFiles[Sequence[str]] | None:
     key = "ingest.token_file"
 
-    def read(note: Note) -> str:
+    def read(note: Note) -> Sequence[str]:
         note(Path(file))
-        return read_token(key, Path(file))
+        return read_tokens(key, Path(file))
 
     return FollowedFiles(key, read, on_change=on_change) if file else None
 
@@ -130,7 +130,7 @@ class Accounting:
     ) -> None:
         self._config = config
         self._live = live
-        self._token = _followed_token(config.ingest.token_file, self._use_token)
+        self._tokens = _followed_tokens(config.ingest.token_file, self._use_tokens)
         self._inbox = Inbox(int(config.ingest.queue_records), int(config.ingest.queue_mebibytes) << 20)
         limits = Limits(
             in_flight=int(config.ledger.in_flight_requests),
@@ -163,7 +163,7 @@ class Accounting:
             self._inbox,
             clock=clock,
             diagnosis=lambda: self._diagnosis.snapshot,
-            token=self.token,
+            tokens=() if self._tokens is None else self._tokens.value,
             max_body_bytes=int(config.ingest.max_body_mebibytes) << 20,
         )
         self._otlp = OtlpReceiver(
@@ -213,14 +213,9 @@ class Accounting:
         """Return the final answers about the requests that ended last, the newest first."""
         return await self._service.recent(limit)
 
-    @property
-    def token(self) -> str | None:
-        """The token that clients must send now, None for none."""
-        return None if self._token is None else self._token.value
-
     def followed(self) -> list[FollowedFiles[Any]]:
         """Return the files that are re-read when they change."""
-        return [*([] if self._token is None else [self._token]), *self._doors.values()]
+        return [*([] if self._tokens is None else [self._tokens]), *self._doors.values()]
 
     def tee(self) -> TeeCounts | None:
         """Return the counts of spans that were passed on, None when none are to be."""
@@ -260,8 +255,8 @@ class Accounting:
             task.add_done_callback(ended)
             self._serving.append(task)
 
-    def _use_token(self, token: str) -> None:
-        self._api.entrance.use_token(token)
+    def _use_tokens(self, tokens: Sequence[str]) -> None:
+        self._api.entrance.use_tokens(tokens)
 
     def use_models(self, known: KnownModels) -> None:
         """Take other laws and descriptions of models, from the next settling on; may be called from any thread."""
@@ -329,8 +324,7 @@ def belongs(pid: int, record: EngineRecord, proc: Path = Path("/proc")) -> bool:
         return record.pid in lineage(pid, proc)
     home = membership_of(pid, proc)
     if record.container_id:
-        # `docker ps` shows the first twelve digits.
-        return len(record.container_id) >= SHORT_CONTAINER_ID and home.container_id.startswith(record.container_id)
+        return _is_container(home.container_id, record.container_id)
     return home.pod_uid == record.pod_uid
 
 
@@ -340,8 +334,15 @@ def payer(namespaces: Callable[[], Mapping[str, str]], record: EngineRecord) -> 
     if not known:
         return ""
     home = Membership() if record.pid is None else membership_of(record.pid)
-    keys = (record.pod_uid, home.pod_uid, record.container_id)
+    said = record.container_id
+    container = next((key for key in known if _is_container(key, said)), "") if said else ""
+    keys = (record.pod_uid, home.pod_uid, container)
     return next((known[key] for key in keys if key and key in known), "")
+
+
+def _is_container(container_id: str, said: str) -> bool:
+    """Return whether a container is the one that an engine says it is in; `docker ps` shows the first twelve digits."""
+    return len(said) >= SHORT_CONTAINER_ID and container_id.startswith(said)
 
 
 def _is_alive(record: EngineRecord) -> bool:

@@ -180,7 +180,7 @@ def _run(options: argparse.Namespace) -> int:
 def _check_config(options: argparse.Namespace) -> int:
     config = _load(options)
     # The files that it names are part of it.
-    config.ingest.token()
+    config.ingest.tokens()
     doors_of(config.engines.targets)
     read_laws(config.ledger.laws_file)
     access.check(config.web.config.file)

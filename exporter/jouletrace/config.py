@@ -40,6 +40,9 @@ FILE_LIMIT_BYTES = 1 << 20
 TOKEN_CHARACTERS = 1024
 """Longest token; HTTP headers may have 8190 bytes here."""
 
+MOST_TOKENS = 8
+"""Tokens of a file; a rotation needs two, and each is compared with what every request sends."""
+
 FILE_DEPTH = 16
 """Deepest nesting of a file that is looked at (the parser recurses without a limit); the tree is two deep."""
 
@@ -113,22 +116,36 @@ def unix_path(address: str) -> Path | None:
 
 def read_token(key: str, file: Path) -> str:
     """Return the word in a file that `key` names; raises ConfigError when there is none."""
+    [token] = _read_words(key, file, most=1)
+    return token
+
+
+def read_tokens(key: str, file: Path) -> tuple[str, ...]:
+    """Return the words in a file that `key` names, one a line; raises ConfigError when there is none."""
+    return _read_words(key, file, most=MOST_TOKENS)
+
+
+def _read_words(key: str, file: Path, most: int) -> tuple[str, ...]:
+    longest = most * (TOKEN_CHARACTERS + 2)  # Lines may end with \r\n.
     try:
-        with file.open(encoding="utf-8") as opened:
-            token = opened.read(TOKEN_CHARACTERS + 1).strip()
+        with file.open(encoding="utf-8", newline="") as opened:
+            text = opened.read(longest + 1)
     except OSError as error:
         raise ConfigError(
             f"{key}: {file} cannot be read ({error.strerror}); "
             "make it a file that the daemon's user may read, or remove the key"
         ) from None
     except UnicodeDecodeError:
-        token = ""
-    if not token or len(token) > TOKEN_CHARACTERS or not re.fullmatch("[!-~]+", token):
+        text = ""
+    words = [line.strip() for line in text.split("\n") if line.strip()]
+    fine = all(re.fullmatch(f"[!-~]{{1,{TOKEN_CHARACTERS}}}", word) for word in words)
+    if not 1 <= len(words) <= most or not fine or len(text) > longest:
+        more = f"; further ones, {most} in all, on lines of their own" if most > 1 else ""
         raise ConfigError(
             f"{key}: {file} does not hold a token; write one word of up to "
-            f"{TOKEN_CHARACTERS} ASCII characters into it, for example with `openssl rand -hex 32`"
+            f"{TOKEN_CHARACTERS} ASCII characters into it, for example with `openssl rand -hex 32`{more}"
         )
-    return token
+    return tuple(words)
 
 
 def default_state_dir(environment: Mapping[str, str], user_id: int) -> str:
@@ -295,15 +312,15 @@ class _Text(Form):
 
 class _Address(Form):
     metavar = "HOST:PORT"
+    mend = "write host:port, [IPv6]:port or :port for all interfaces"
 
     def read(self, raw: object) -> object:
-        mend = "write host:port, [IPv6]:port or :port for all interfaces"
         if not isinstance(raw, str):
-            raise _RefusedError("is not an address", mend)
+            raise _RefusedError("is not an address", self.mend)
         try:
             split_address(raw)
         except ValueError:
-            raise _RefusedError("is not an address to listen on", mend) from None
+            raise _RefusedError("is not an address to listen on", self.mend) from None
         return raw
 
     def allowed(self, meta: Meta) -> str:
@@ -314,6 +331,7 @@ class _WebAddress(_Address):
     """An address, or a Unix socket."""
 
     metavar = "HOST:PORT|unix:PATH"
+    mend = "write host:port, [IPv6]:port, :port for all interfaces, or unix:/path for a Unix socket"
 
     def read(self, raw: object) -> object:
         if isinstance(raw, str) and raw.isprintable() and unix_path(raw) is not None:
@@ -548,8 +566,9 @@ class Ingest(Section, frozen=True):
         str,
         _Text("FILE", "(/.*)?", "an absolute path, or nothing"),
         Meta(
-            description="A file with the token that every HTTP client of `/v1/` must send as `Authorization: Bearer`; "
-            "it is re-read when it changes. If empty, only clients on this machine are answered."
+            description="A file with the token that every HTTP client of `/v1/` must send as `Authorization: Bearer`, "
+            "or up to 8 of which each is good, one a line; it is re-read when it changes. If empty, only clients on "
+            "this machine are answered."
         ),
     ] = ""
     max_body_mebibytes: Annotated[
@@ -579,11 +598,9 @@ class Ingest(Section, frozen=True):
         """The datagram socket; `None` when there is none."""
         return Path(self.datagram_socket) if self.datagram_socket.startswith("/") else None
 
-    def token(self) -> str | None:
-        """Return what `token_file` holds, `None` without one; raises ConfigError when it holds no token."""
-        if not self.token_file:
-            return None
-        return read_token("ingest.token_file", Path(self.token_file))
+    def tokens(self) -> tuple[str, ...]:
+        """Return what `token_file` holds, nothing without one; raises ConfigError when it holds no token."""
+        return read_tokens("ingest.token_file", Path(self.token_file)) if self.token_file else ()
 
 
 class Otlp(Section, frozen=True):

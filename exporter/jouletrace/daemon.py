@@ -240,6 +240,8 @@ class Daemon:
         access.guard(ingest, own_rules=routes)
         ingest_server = WebServer(ingest, tls=lambda: access.tls, address_flag="--ingest.listen-address")
         await ingest_server.start(own_ingest)
+        for each in (server, metrics_server, ingest_server):
+            access.on_change(each.end_connections)
         # What a replay's engine sends must come in whatever certificates others need.
         replay_server = WebServer(api_application(routes))
         await replay_server.start(("127.0.0.1:0",) if config.replay_file is not None else ())
@@ -249,7 +251,7 @@ class Daemon:
         reload_asked = asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, reload_asked.set)
         self.sampler.start()
-        feeding = self._feed_from_recording(replay_server.urls, accounting.token)
+        feeding = self._feed_from_recording(replay_server.urls)
         _keep_latency_low()
         for url in server.urls:
             _log.info(
@@ -385,7 +387,7 @@ class Daemon:
         written = self._reread()
         return written, read_laws(written.ledger.laws_file)
 
-    def _feed_from_recording(self, urls: Sequence[str], token: str | None) -> "asyncio.Task[None] | None":
+    def _feed_from_recording(self, urls: Sequence[str]) -> "asyncio.Task[None] | None":
         """In a replay, let the recording's engine send its requests through the API, as any engine would."""
         file = self._config.replay_file
         if file is None:
@@ -396,7 +398,8 @@ class Daemon:
 
         assert isinstance(self._source, ReplaySource)
         try:
-            engine = RecordedEngine(read(file), self._source, urls[0], token=token)
+            token_file = self._config.ingest.token_file or None
+            engine = RecordedEngine(read(file), self._source, urls[0], token_file=token_file)
         except RecordingError:
             # The sampler opens the same file and says what is wrong with it.
             return None

@@ -5,7 +5,6 @@ Rotation writes a new file, or points a link elsewhere, as Kubernetes does with 
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
@@ -13,7 +12,6 @@ from typing import Any, Final, Generic, TypeVar
 import structlog
 
 from jouletrace.config import ConfigError
-from jouletrace.logs import Transitions
 
 POLL_SECONDS: Final = 2.0
 """How often the files are looked at; a `stat` of four files takes 10 us."""
@@ -46,7 +44,8 @@ class FollowedFiles(Generic[T]):
         self._poll_seconds = poll_seconds
         self._noted: dict[Path, tuple[int, ...]] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._failures = Transitions(_log, time.monotonic_ns)
+        self._told = ""
+        """What is wrong with them, as the log has it."""
         self.is_current = True
         """Whether `value` is what the files say now; False while they are wrong."""
         self.value = self._read_and_note()
@@ -58,24 +57,40 @@ class FollowedFiles(Generic[T]):
             await self.look()
 
     async def look(self) -> None:
-        """Read the files again if they have changed."""
-        if await asyncio.to_thread(self._have_changed):
-            await self.reload()
+        """Read the files again if they have changed, or cannot be used.
+
+        What is in the way does not always show in what `stat` says: a file's owner, its label, want of descriptors.
+        """
+        if not self.is_current or await asyncio.to_thread(self._have_changed):
+            await self._read_again()
 
     async def reload(self) -> None:
-        """Read the files again; while they are wrong, what they said stays, with one line in the log."""
+        """Read the files again, and tell once more what is wrong with them."""
+        self._told = ""
+        await self._read_again()
+
+    async def _read_again(self) -> None:
+        """Take over what the files say; while they are wrong, what they said stays, with a line in the log."""
         async with self._one_at_a_time:
             try:
                 value = await asyncio.to_thread(self._read_and_note)
             except ConfigError as failure:
-                self.is_current = False
-                self._failures.failed(self.key, f"{self.key} was not reloaded, the old one stays", problem=str(failure))
+                self._refuse(str(failure))
                 return
-            self.is_current = True
-            self._failures.recovered(self.key, f"{self.key} can be read again")
+            except Exception as fault:
+                # A file that is written while the daemon runs must not end it.
+                self._refuse(f"{fault!r}; please report this", exc_info=True)
+                return
+            self.is_current, self._told = True, ""
             self.value = value
             self._on_change(value)
             _log.info(f"{self.key} was reloaded")
+
+    def _refuse(self, problem: str, **fields: bool) -> None:
+        self.is_current = False
+        if problem != self._told:
+            self._told = problem
+            _log.warning(f"{self.key} was not reloaded, the old one stays", problem=problem, **fields)
 
     def _read_and_note(self) -> T:
         noted: dict[Path, tuple[int, ...]] = {}

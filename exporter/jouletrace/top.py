@@ -13,8 +13,9 @@ import sys
 import termios
 import tty
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -38,6 +39,8 @@ SILENT_SECONDS: Final = 10.0
 """A stream that says nothing for so long is dead: it has a round each second."""
 MOST_EVENT_BYTES: Final = 8 << 20
 """The longest event: a window's traces of 8 GPUs take 167 kB."""
+SET_BACK_MS: Final = 1000
+"""News that end so long before what is known are of a clock that was set back."""
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 ASCII_BLOCKS: Final = " .:-=+*#@"
 DRIVER_STYLES: Final = ("bright_black", "blue", "yellow", "green", "magenta", "red")
@@ -65,14 +68,15 @@ class Target:
     url: str
     socket: Path | None = None
     """The Unix socket behind the URL."""
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Callable[[], Mapping[str, str]] = dict
+    """Secrets, read from their files for each connection: they may have been replaced; raises ConfigError."""
     tls: ssl.SSLContext | None = None
 
     def session(self) -> aiohttp.ClientSession:
         """Return a session with it."""
         if self.socket is not None:
-            return aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket)), headers=self.headers)
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.tls or True), headers=self.headers)
+            return aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket)))
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.tls or True))
 
 
 def find_target(
@@ -91,7 +95,8 @@ def find_target(
     """
     if address is None:
         address = f"unix:{DEFAULT_SOCKET}" if _listens(DEFAULT_SOCKET) else DEFAULT_URL
-    headers = _headers(token_file, user, password_file)
+    headers = partial(_headers, token_file, user, password_file)
+    headers()  # What is wrong is told at once.
     wants_tls = any((ca_file, cert_file, key_file))
     path = unix_path(address)
     if path is None:
@@ -120,7 +125,8 @@ def _headers(token_file: Path | None, user: str | None, password_file: Path | No
     if token_file is not None and user is not None:
         raise ConfigError("--token-file and --user exclude each other: the token lets in without a password")
     if token_file is not None:
-        return {"Authorization": f"Bearer {_secret('--token-file', token_file)}"}
+        first, _, _ = _secret("--token-file", token_file).partition("\n")
+        return {"Authorization": f"Bearer {first.strip()}"}
     if user is not None and password_file is not None:
         login = f"{user}:{_secret('--password-file', password_file)}"
         return {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
@@ -181,8 +187,10 @@ class Seen:
 
     def _add(self, uuid: str, piece: Mapping[str, Any]) -> None:
         points = self.traces.setdefault(uuid, deque())
-        last_ms = points[-1][0] if points else 0
         at_ms = piece["start_ms"]
+        if points and at_ms + sum(piece["steps_ms"]) < points[-1][0] - SET_BACK_MS:
+            points.clear()
+        last_ms = points[-1][0] if points else 0
         for step_ms, watts in zip(piece["steps_ms"], piece["watts"], strict=True):
             at_ms += step_ms
             # Of some times nobody knows.
@@ -199,11 +207,13 @@ async def events(session: aiohttp.ClientSession, target: Target) -> AsyncGenerat
     address = f"{target.url.rstrip('/')}/v1/live"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=SILENT_SECONDS)
     try:
-        async with session.get(address, timeout=timeout) as answer:
+        async with session.get(address, headers=target.headers(), timeout=timeout) as answer:
             if answer.status != 200:
                 raise StreamError(await _refusal(answer, name))
             async for event, data in _parsed(answer.content):
                 yield event, data
+    except ConfigError as failure:
+        raise StreamError(str(failure)) from None
     except TimeoutError:
         raise StreamError(f"{name} has gone silent; look at its log") from None
     except aiohttp.ClientConnectorCertificateError as failure:
@@ -467,7 +477,7 @@ def _device(device: Mapping[str, Any], points: Iterable[tuple[float, float]], lo
         if device["age_seconds"] is not None:
             first.append(f" (newest sample {device['age_seconds']:.0f} s old)")
         return [first]
-    first.append(f"{device['watts'] or 0:4.0f} W", "bold")
+    first.append("   ? W" if device["watts"] is None else f"{device['watts']:4.0f} W", "bold")
     first.append(f" of {limit:.0f} W " if limit else " ")
     word = "no verdict" if verdict is None else verdict["verdict"].replace("_", " ")
     room = look.width - len(first.plain) - 24

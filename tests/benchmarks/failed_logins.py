@@ -106,7 +106,8 @@ def main() -> None:
         times = ", ".join(f"{name} {felt.quantile(q) * 1000:.1f} ms" for name, q in (("p50", 0.5), ("p99", 0.99)))
         print(
             f"{addresses} addresses, {felt.attack_seconds:.1f} s, answers {felt.answers}: {len(felt.seconds)} scrapes, "
-            f"{times}, worst {max(felt.seconds) * 1000:.1f} ms"
+            f"{times}, worst {max(felt.seconds) * 1000:.1f} ms",
+            flush=True,
         )
 
 

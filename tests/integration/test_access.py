@@ -1,9 +1,13 @@
 """Who may read and write: real clients (curl, openssl, Prometheus) against the whole daemon."""
 
+import base64
+import contextlib
+import http.client
 import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -166,12 +170,15 @@ def test_spans_and_client_certificates(tmp_path: Path, authority: Authority) -> 
         assert grpc_export(port()) == "OK"
         assert grpc_export(port(), x_forwarded_for="10.0.0.7") == "PERMISSION_DENIED"
 
-        def asks(*more: str) -> None:
+        def becomes(web_config: str) -> None:
             told = len(daemon.events())
-            write_anew(tmp_path / "web.yml", tls_section(cert, key, *more).encode())
+            write_anew(tmp_path / "web.yml", web_config.encode())
             daemon.process.send_signal(signal.SIGHUP)
             done = lambda: any("over gRPC" in e["event"] for e in daemon.events()[told:])  # noqa: E731
             daemon.until("another listener", done)
+
+        def asks(*more: str) -> None:
+            becomes(tls_section(cert, key, *more))
 
         asks(
             f"client_ca_file: {authority.file}", "client_auth_type: RequireAndVerifyClientCert",
@@ -185,12 +192,15 @@ def test_spans_and_client_certificates(tmp_path: Path, authority: Authority) -> 
         assert "gRPC cannot be held to min_version" in daemon.text()
         asks()
         assert grpc_export(port(), authority) == "OK"
+        asks("min_version: TLS13")
+        becomes("{}")
+        assert grpc_export(port()) == "OK"
         daemon.assert_calm()
 
 
 def test_a_token_is_read_again(tmp_path: Path) -> None:
     """A Secret's volume as Kubernetes updates it; a broken one keeps the old token, in the log and the metrics."""
-    versions = {"a": "first-token", "b": "", "c": "third-token\n"}
+    versions = {"a": "first-token", "b": "", "c": "first-token\nthird-token\n", "d": "third-token\n"}
     for name, token in versions.items():
         (tmp_path / f"..{name}").mkdir()
         (tmp_path / f"..{name}" / "token").write_text(token)
@@ -215,11 +225,67 @@ def test_a_token_is_read_again(tmp_path: Path) -> None:
         assert (status("first-token"), status(""), in_force()) == (200, 401, {"": 0.0})
         swap("c")
         daemon.until("the new token", lambda: status("third-token") == 200)
-        assert (status("first-token"), in_force()) == (401, {"": 1.0})
+        assert (status("first-token"), in_force()) == (200, {"": 1.0})
+        with standing(daemon.url + "/v1/live", Authorization="Bearer first-token") as stream:
+            assert b'requests_refused":null' in stream.readline() + stream.readline()
+            swap("d")
+            assert stream.read()
+        assert (status("first-token"), status("third-token"), in_force()) == (401, 200, {"": 1.0})
         assert grpc_export(port(), authorization="Bearer first-token") == "UNAUTHENTICATED"
         assert grpc_export(port(), authorization="Bearer third-token", x_forwarded_for="10.0.0.7") == "OK"
-        for token in versions.values():
-            assert not token or token.strip() not in daemon.text()
+        for token in ("first-token", "third-token"):
+            assert token not in daemon.text()
+        daemon.assert_calm()
+
+
+def standing(url: str, **headers: str) -> contextlib.closing[http.client.HTTPResponse]:
+    """Return an answer that has begun."""
+    return contextlib.closing(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10))
+
+
+def test_what_stands_ends_when_it_changes_who_is_let_in(tmp_path: Path, authority: Authority) -> None:
+    """Streams, idle connections and those of gRPC, when the authority of their certificates is replaced."""
+    other = Authority(tmp_path)
+    cert, key = authority.issue("server", "127.0.0.1")
+    old, new = authority.issue("old", "gateway.example"), other.issue("new", "gateway.example")
+    authorities = tmp_path / "clients.pem"
+    authorities.write_bytes(authority.file.read_bytes())
+    asks = tls_section(
+        cert, key, f"client_ca_file: {authorities}", "client_auth_type: RequireAndVerifyClientCert"
+    )  # fmt: skip
+    daemon, port = spans_served(tmp_path, asks)
+    context = ssl.create_default_context(cafile=authority.file)
+    context.load_cert_chain(*old)
+    with daemon, contextlib.ExitStack() as open_ones:
+
+        def ask(path: str) -> tuple[http.client.HTTPSConnection, http.client.HTTPResponse]:
+            address = daemon.url.removeprefix("https://")
+            connection = http.client.HTTPSConnection(address, context=context, timeout=10)
+            open_ones.callback(connection.close)
+            connection.request("GET", path)
+            return connection, connection.getresponse()
+
+        (_, stream), (idle, scrape) = ask("/v1/live"), ask("/metrics")
+        assert stream.readline() == b"event: hello\n"
+        assert b"jouletrace_up" in scrape.read()
+        identity = grpc.ssl_channel_credentials(authority.file.read_bytes(), old[1].read_bytes(), old[0].read_bytes())
+        channel = open_ones.enter_context(grpc.secure_channel(f"127.0.0.1:{port()}", identity))
+        stub = TraceServiceStub(channel)
+        stub.Export(ExportTraceServiceRequest(), timeout=5)
+        write_anew(authorities, other.file.read_bytes())
+        assert stream.read()  # To its end.
+        assert idle.sock.recv(1) == b""
+        metrics = daemon.url + "/metrics", "--cacert", str(authority.file)
+        daemon.until(
+            "the other authority", lambda: curl(*metrics, "--cert", str(new[0]), "--key", str(new[1]))[0] == 200
+        )
+        assert curl(*metrics, "--cert", str(old[0]), "--key", str(old[1]))[0] == 0
+        with pytest.raises((http.client.HTTPException, OSError)):
+            ask("/metrics")
+        with pytest.raises(grpc.RpcError) as failure:
+            stub.Export(ExportTraceServiceRequest(), timeout=5)
+        assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert grpc_export(port(), authority, new) == "OK"
         daemon.assert_calm()
 
 
@@ -293,14 +359,15 @@ def test_rotation_loses_no_scrape(tmp_path: Path, authority: Authority) -> None:
         assert failed == []
         # A broken file changes nothing, and is said once a time.
         good = served_serial(url)
-        write_anew(cert, b"no certificate")
         kept = "the old one stays"
-        daemon.until("the complaint", lambda: daemon.text().count(kept) == 2)
+        before = daemon.text().count(kept)
+        write_anew(cert, b"no certificate")
+        daemon.until("the complaint", lambda: daemon.text().count(kept) == before + 1)
         time.sleep(2.5)
-        assert daemon.text().count(kept) == 2
+        assert daemon.text().count(kept) == before + 1
         assert served_serial(url) == good
         authority.issue("server", "127.0.0.1")
-        daemon.until("recovery", lambda: "can be read again" in daemon.text())
+        daemon.until("the new certificate", lambda: served_serial(url) == serial(cert))
         daemon.assert_calm()
 
 
@@ -312,6 +379,12 @@ def test_a_reload_changes_passwords_at_once(tmp_path: Path) -> None:
         daemon.process.send_signal(signal.SIGHUP)
         daemon.until("the new password", lambda: curl(metrics, "-u", "prometheus:new")[0] == 200)
         assert curl(metrics, "-u", "prometheus:old")[0] == 401
+        login = base64.b64encode(b"prometheus:new").decode()
+        with standing(daemon.url + "/v1/live", Authorization=f"Basic {login}") as stream:
+            assert stream.readline() == b"event: hello\n"
+            write_anew(tmp_path / "web.yml", users("newest", 4).encode())
+            assert stream.read()  # To its end.
+        assert curl(daemon.url + "/v1/live", "-u", "prometheus:new")[0] == 401
 
 
 @pytest.mark.parametrize(

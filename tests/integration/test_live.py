@@ -254,6 +254,29 @@ async def test_a_dropped_and_a_silent_connection(library: Path, tmp_path: Path) 
             await page.until(LIVE)
 
 
+CLOCK_SET_BACK = r"""
+(async () => {
+  const { Trace } = await import('/-/live/trace.js');
+  const trace = new Trace(60);
+  trace.add({start_ms: 3600000, steps_ms: [20, 20], watts: [300, 300]});
+  trace.addDrivers({starts_ms: [3600000], ends_ms: [3600040], watts: {static: [300]}}, ['static']);
+  trace.add({start_ms: 3600019, steps_ms: [20], watts: [300]});
+  const before = trace.endMs;
+  trace.add({start_ms: 2000, steps_ms: [20, 20], watts: [200, 100]});
+  return [before, trace.endMs, trace.summary()];
+})()
+"""
+
+
+async def test_a_trace_goes_on_when_somebody_sets_the_clock_back(library: Path, tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, variables=simulated(library, tmp_path, two_gpus())) as daemon:
+        daemon.until("readiness", daemon.ready)
+        async with opened(tmp_path, daemon.url) as page:
+            before, end, summary = await page.js(CLOCK_SET_BACK)
+    assert (before, end) == (3_600_040, 2040)
+    assert summary == {"least": 100, "most": 200, "mean": 150}
+
+
 async def test_a_lost_gpu_shows_no_old_value(library: Path, tmp_path: Path) -> None:
     control = tmp_path / "control"
     quick = ("--sampling.ring-interval", "200ms", "--readiness.stale-after", "1s")

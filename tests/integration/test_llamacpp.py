@@ -4,16 +4,19 @@ The GPU is a replayed recording, so the joules are those of an H200 while llama.
 figures of a real account, of two things that did not happen together.
 """
 
+import contextlib
 import json
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -83,27 +86,48 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     tiny_gguf.write(model)
     busy = folder / "busy.json.gz"
     recording.write(busy, busy_part(recording.read(demo_recording())))
+    with served(folder, model) as url, DaemonProcess(folder, "--source", f"replay:{busy}") as daemon:
+        arguments = ["--upstream", url, "--jouletrace", daemon.url, "--energy-budget", "10s"]
+        arguments += ["--engine-id", "llama-0", "--engine-kind", "llamacpp", "--tenant-header", "x-tenant"]
+        with ProxyProcess(folder, *arguments) as proxy:
+            daemon.until("readiness", daemon.ready)
+            daemon.until("llama.cpp", lambda: urllib.request.urlopen(f"{url}/health", timeout=2).status == 200)
+            with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+                yield Chain(url, daemon, proxy, client)
+            proxy.assert_calm()
+            daemon.assert_calm()
+
+
+@contextlib.contextmanager
+def served(folder: Path, model: Path, *key: str) -> Iterator[str]:
+    """Serve a model by llama.cpp, with a key or without, and yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
     with (folder / "llama.log").open("wb") as log:
-        llama = subprocess.Popen(
-            [sys.executable, "-m", "tests.llamacpp_server", str(model), str(port)], stdout=log, stderr=log
-        )
+        command = [sys.executable, "-m", "tests.llamacpp_server", str(model), str(port), *key]
+        llama = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        with DaemonProcess(folder, "--source", f"replay:{busy}") as daemon:
-            arguments = ["--upstream", url, "--jouletrace", daemon.url, "--energy-budget", "10s"]
-            arguments += ["--engine-id", "llama-0", "--engine-kind", "llamacpp", "--tenant-header", "x-tenant"]
-            with ProxyProcess(folder, *arguments) as proxy:
-                daemon.until("readiness", daemon.ready)
-                daemon.until("llama.cpp", lambda: urllib.request.urlopen(f"{url}/health", timeout=2).status == 200)
-                with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
-                    yield Chain(url, daemon, proxy, client)
-                proxy.assert_calm()
-                daemon.assert_calm()
+        yield f"http://127.0.0.1:{port}"
     finally:
         llama.kill()
         llama.wait(10)
+
+
+def test_its_metrics_want_the_key_and_get_it(tmp_path: Path) -> None:
+    """As docs/engines/README.md has it: `--api-key` covers llama.cpp's metrics."""
+    tiny_gguf.write(tmp_path / "tiny.gguf")
+    (tmp_path / "key").write_text("sesame\n")
+    with served(tmp_path, tmp_path / "tiny.gguf", "sesame") as url:
+        (tmp_path / "jouletrace.yml").write_text(
+            "engines:\n  discover: false\n  targets:\n"
+            f"    - {{url: '{url}', engine_id: llama, authorization: {{credentials_file: {tmp_path / 'key'}}}}}\n"
+        )
+        with DaemonProcess(tmp_path, "--demo", "--config.file", str(tmp_path / "jouletrace.yml")) as daemon:
+            daemon.until("llama.cpp", lambda: urllib.request.urlopen(f"{url}/health", timeout=2).status == 200)
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"{url}/metrics", timeout=2)
+            daemon.until("a scrape", lambda: any(e["event"] == "scraping an engine" for e in daemon.events()))
+            daemon.assert_calm()
 
 
 def test_a_plain_answer_carries_its_joules(chain: Chain) -> None:

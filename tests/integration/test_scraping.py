@@ -190,7 +190,7 @@ def test_an_engine_behind_a_key_and_a_private_authority(tmp_path: Path) -> None:
                 reloads = lambda: d.metric("jouletrace_file_reload_success", key="engines.targets")  # noqa: E731
                 assert await asyncio.to_thread(reloads) == {"": 0.0}
                 write_anew(key, b"hunter3")
-                await asyncio.to_thread(d.until, "recovery", lambda: "can be read again" in d.text())
+                await asyncio.to_thread(d.until, "recovery", lambda: "engines.targets was reloaded" in d.text())
                 again = "an engine's metrics can be read again"
                 await asyncio.to_thread(d.until, "the new key", lambda: again in d.text(), 35)
                 assert await asyncio.to_thread(reloads) == {"": 1.0}

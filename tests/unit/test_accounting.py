@@ -143,7 +143,8 @@ def test_an_engine_is_in_a_pod_by_what_it_says_of_itself() -> None:
         return payer(lambda: {"uid": "team-a", "c" * 64: "team-b"}, EngineRecord(engine_id="e", **where))
 
     assert paid(pod_uid="uid") == "team-a"
-    assert paid(container_id="c" * 64) == "team-b"
+    assert paid(container_id="c" * 64) == paid(container_id="c" * 12) == "team-b"
+    assert paid(container_id="c" * 11) == ""
     assert paid(pod_uid="other") == paid(pid=os.getpid()) == paid() == ""
 
 

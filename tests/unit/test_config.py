@@ -293,7 +293,7 @@ def test_variables_of_others_are_ignored(variable: str, value: str) -> None:
             "JOULETRACE_WEB_LISTEN_ADDRESS",
             ":9841,,:9842",
             'environment variable JOULETRACE_WEB_LISTEN_ADDRESS: web.listen_address: "" is not an address to '
-            "listen on; write host:port, [IPv6]:port or :port for all interfaces",
+            "listen on; write host:port, [IPv6]:port, :port for all interfaces, or unix:/path for a Unix socket",
         ),
         (
             "JOULETRACE_SOURCE",
@@ -326,6 +326,7 @@ def test_a_wrong_value_is_refused_even_when_it_is_overridden(tmp_path: Path) -> 
 
 
 HOSTS = "write host:port, [IPv6]:port or :port for all interfaces"
+HOSTS_OR_PATHS = "write host:port, [IPv6]:port, :port for all interfaces, or unix:/path for a Unix socket"
 PATH = "write a path such as /metrics, not under /-/"
 
 
@@ -429,13 +430,13 @@ PATH = "write a path such as /metrics, not under /-/"
         # addresses and paths
         ("web: {listen_address: []}", "c.yaml:1: web.listen_address: the empty list is out of range; write a list "
          "of host:port, [IPv6]:port, :port or unix:/path"),
-        ("web: {listen_address: [9841]}", f"c.yaml:1: web.listen_address: 9841 is not an address; {HOSTS}"),
+        ("web: {listen_address: [9841]}", f"c.yaml:1: web.listen_address: 9841 is not an address; {HOSTS_OR_PATHS}"),
         ("ingest: {listen_address: ['unix:/a']}", 'c.yaml:1: ingest.listen_address: "unix:/a" is not an address to '
          f"listen on; {HOSTS}"),
         ("web: {listen_address: [unix:web.sock]}", 'c.yaml:1: web.listen_address: "unix:web.sock" is not an address '
-         f"to listen on; {HOSTS}"),
+         f"to listen on; {HOSTS_OR_PATHS}"),
         ("web: {listen_address: [localhost]}", 'c.yaml:1: web.listen_address: "localhost" is not an address to '
-         f"listen on; {HOSTS}"),
+         f"listen on; {HOSTS_OR_PATHS}"),
         ("web: {listen_address: [':1', 'a:1']}", "c.yaml:1: web.listen_address: a:1 is already part of :1, which "
          "is all interfaces; remove one of them"),
         ("web: {telemetry_path: /}", f'c.yaml:1: web.telemetry_path: "/" is not valid; {PATH}'),
@@ -630,18 +631,41 @@ def test_a_socket_that_is_off_has_no_path() -> None:
     assert configuration.Ingest().stream_path is None
 
 
-def test_the_token_is_the_word_in_its_file(tmp_path: Path) -> None:
+def test_tokens_are_the_words_in_their_file(tmp_path: Path) -> None:
     file = tmp_path / "word"
     ingest = configuration.Ingest(token_file=str(file))
     with pytest.raises(ConfigError, match="word cannot be read"):
-        ingest.token()
-    for content in (b"", b" \n", b"two words", b"\xff", b"x" * 1025, "é".encode()):
+        ingest.tokens()
+    for content in (
+        b"",
+        b" \n",
+        b"two words",
+        b"a\nb c\n",
+        b"\xff",
+        b"x" * 1025,
+        "é".encode(),
+        b"x\n" * 9,
+        b"\n" * 9000,
+    ):
         file.write_bytes(content)
-        with pytest.raises(ConfigError, match="does not hold a token"):
-            ingest.token()
+        with pytest.raises(ConfigError, match=r"does not hold a token.* 8 in all, on lines of their own"):
+            ingest.tokens()
     file.write_text("s3cret\n")
-    assert ingest.token() == "s3cret"
-    assert configuration.Ingest().token() is None
+    assert ingest.tokens() == ("s3cret",)
+    file.write_bytes(b" old \r\n\r\nnew")
+    assert ingest.tokens() == ("old", "new")
+    file.write_bytes(b"\r\n".join([b"x" * 1024] * 8) + b"\r\n")
+    assert [len(token) for token in ingest.tokens()] == [1024] * 8
+    assert configuration.Ingest().tokens() == ()
+
+
+def test_an_engines_key_is_one_word(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("one\n")
+    assert configuration.read_token("engines.targets", file) == "one"
+    file.write_text("one\ntwo\n")
+    with pytest.raises(ConfigError, match=r"does not hold a token; .*`openssl rand -hex 32`$"):
+        configuration.read_token("engines.targets", file)
 
 
 def test_an_empty_state_dir_is_chosen_and_a_given_one_kept(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Daemon:
             self.account, self.inbox, clock=clock, devices=lambda: 0.0, settle_seconds=0.05
         )
         app = web.Application()
-        app.add_routes(Api(service, self.inbox, clock=clock, token=WORD).routes())
+        app.add_routes(Api(service, self.inbox, clock=clock, tokens=[WORD]).routes())
         server, stream, datagram = WebServer(app), StreamServer(self.inbox), DatagramServer(self.inbox)
         await server.start(["127.0.0.1:0"])
         await stream.start(Path(self.stream))
@@ -330,6 +330,39 @@ def test_what_jouletrace_refuses_is_counted(daemon: Daemon) -> None:
         client.send("request", {"request_id": "x"})
         client.flush(5)
         assert client.dropped == 1
+
+
+def test_a_replaced_token_is_read_again(daemon: Daemon, tmp_path: Path) -> None:
+    """A program that started with a token that jouletrace takes no more loses no record, once its file has another."""
+    file = tmp_path / "token"
+    file.write_text("replaced\n")
+    with Client(daemon.url, token_file=file) as client:
+        file.write_text(f"{WORD}\nreplaced\n")
+        for i in range(3):
+            client.send("request", {"request_id": str(i), "model": "m", "status": "finished"})
+        assert client.flush(5)
+        assert [record.request_id for record in daemon.requests(3)] == ["0", "1", "2"]
+        assert client.dropped == 0
+    file.write_text("replaced")
+    asking = Client(daemon.url, token_file=file)
+    file.write_text(WORD)
+    assert asking.energy("0", wait=5) is not None
+
+
+def test_a_file_is_not_read_for_each_refusal(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "REREAD_SECONDS", 3600.0)
+    file = tmp_path / "token"
+    with Client(daemon.url, token_file=file) as client:  # It is not there yet.
+        client.send("request", {"request_id": "early"})
+        assert client.flush(5)
+        file.write_text(WORD)
+        client.send("request", {"request_id": "soon after"})
+        assert client.flush(5)
+        assert client.dropped == 2
+        client._token._read_again_at = 0.0
+        client.send("request", {"request_id": "later"})
+        assert client.flush(5)
+        assert (daemon.requests(1)[0].request_id, client.dropped) == ("later", 2)
 
 
 def test_a_full_daemon_is_asked_again_from_where_it_stopped(tmp_path: Path) -> None:

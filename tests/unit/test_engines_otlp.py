@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -45,7 +45,9 @@ PROTOBUF, JSON = "application/x-protobuf", "application/json"
 class Rig:
     """The receiver as the daemon serves it, on a recording account."""
 
-    def __init__(self, *, capacity: int = 65_536, drain: bool = True, token: str | None = None, **options: int) -> None:
+    def __init__(
+        self, *, capacity: int = 65_536, drain: bool = True, tokens: Sequence[str] = (), **options: int
+    ) -> None:
         self.account = RecordingAccount()
         self.inbox = Inbox(capacity)
         clock = SystemClock()
@@ -53,7 +55,7 @@ class Rig:
             self.account, self.inbox, clock=clock, devices=lambda: 0.0, settle_seconds=0.05
         )
         self._drain = drain
-        api = Api(self.service, self.inbox, clock=clock, token=token, **options)
+        api = Api(self.service, self.inbox, clock=clock, tokens=tokens, **options)
         receiver = OtlpReceiver(
             Config(), self.inbox, admission=api.admission, entrance=api.entrance, engines=lambda: ()
         )
@@ -270,7 +272,7 @@ async def test_a_protobuf_that_is_cut_anywhere_takes_whole_spans_or_none() -> No
 
 async def test_who_may_send_and_how() -> None:
     body = export([row()]).SerializeToString()
-    async with Rig(token=WORD).running() as rig:
+    async with Rig(tokens=[WORD]).running() as rig:
         code, answer, answer_type = await rig.post(body)
         assert (code, answer[:3], answer_type) == (401, b"\x08\x10\x12", PROTOBUF)
         assert (await rig.post(body, Authorization=f"Bearer {WORD}"))[0] == 200
@@ -398,7 +400,7 @@ def test_grpc_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -
             Config(otlp=Otlp(grpc_listen_address=(":4317",))),
             inbox,
             admission=Admission(inbox, set, SystemClock()),
-            entrance=Entrance(token=None, max_body_bytes=1 << 20),
+            entrance=Entrance(max_body_bytes=1 << 20),
             engines=lambda: (),
         )
     assert str(caught.value) == (

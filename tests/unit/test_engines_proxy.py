@@ -58,6 +58,7 @@ class Bench:
     energy_status = 200
     energy_seconds = 0.0
     energy_queries: list[dict[str, str]] = field(default_factory=list)
+    energy_token: str | None = None
 
 
 @pytest.fixture
@@ -76,6 +77,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Bench]]
 
         async def daemon(request: web.Request) -> web.Response:
             bench.energy_queries.append(dict(request.query))
+            if bench.energy_token and request.headers.get("Authorization") != f"Bearer {bench.energy_token}":
+                return web.json_response({"error": {}}, status=401)
             await asyncio.sleep(bench.energy_seconds)
             if bench.energy is None:
                 return web.json_response({"error": {}}, status=404)
@@ -172,6 +175,18 @@ async def test_from_a_second_on_the_final_figure_is_waited_for(start: Callable[.
         assert (await answer.json())["energy"]["final"] is True
         assert answer.headers["X-Energy-Final"] == "true"
     assert bench.energy_queries == [{"wait": "4950ms"}]
+
+
+async def test_a_replaced_token_is_read_again(start: Callable[..., Awaitable[Bench]], tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("old\n")
+    bench = await start(plain, token_file=file)
+    bench.energy, bench.energy_token = ENERGY, "new"
+    file.write_text("new\nold\n")
+    for asked in (2, 3):  # The first answer has its energy already.
+        async with bench.session.post(bench.url + CHAT, json={}) as answer:
+            assert (await answer.json())["energy"]["energy_joules"] == 2.5
+        assert len(bench.energy_queries) == asked
 
 
 async def test_other_bytes_of_an_answer_stay(start: Callable[..., Awaitable[Bench]]) -> None:

@@ -14,8 +14,10 @@ def number_in(file: Path, heard: Callable[[int], None] = lambda _: None) -> Foll
         note(file)
         try:
             return int(file.read_text())
-        except (OSError, ValueError):
+        except ValueError:
             raise ConfigError(f"some.key: {file} holds no number") from None
+        except OSError:
+            raise ConfigError(f"some.key: {file} is not there") from None
 
     return FollowedFiles("some.key", read, on_change=heard)
 
@@ -35,15 +37,17 @@ async def test_what_changed_is_read_and_a_wrong_file_changes_nothing(tmp_path: P
         assert (followed.value, followed.is_current, heard) == (1, False, [])
         file.unlink()
         await followed.look()
+        assert len(logs) == 2, "another thing is wrong with it"
+        await followed.look()
+        assert len(logs) == 2
+        await followed.reload()
+        assert len(logs) == 3, "who asks for it is told"
         file.write_text("22")
         await followed.look()
     assert (followed.value, followed.is_current, heard) == (22, True, [22])
-    assert [log["event"] for log in logs] == [
-        "some.key was not reloaded, the old one stays",
-        "some.key can be read again",
-        "some.key was reloaded",
-    ]
-    assert logs[1]["occurrences"] == 3
+    refused = "some.key was not reloaded, the old one stays"
+    assert [log["event"] for log in logs] == [*[refused] * 3, "some.key was reloaded"]
+    assert ["holds no number" in log["problem"] for log in logs[:-1]] == [True, False, False]
 
 
 async def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
@@ -75,6 +79,48 @@ async def test_what_changes_while_it_is_read_is_read_again(tmp_path: Path) -> No
     assert followed.value == "1"
     await followed.look()
     assert followed.value == "33"
+
+
+async def test_a_failure_that_no_stat_shows_is_tried_again(tmp_path: Path) -> None:
+    """A file that is given to the daemon's user, or relabelled, only after it was written; or want of descriptors."""
+    file = tmp_path / "number"
+    file.write_text("1")
+    is_allowed = True
+
+    def read(note: Note) -> str:
+        note(file)
+        if not is_allowed:
+            raise ConfigError(f"some.key: {file} cannot be read")
+        return file.read_text()
+
+    followed = FollowedFiles("some.key", read)
+    file.write_text("22")
+    is_allowed = False
+    await followed.look()
+    assert (followed.value, followed.is_current) == ("1", False)
+    is_allowed = True
+    await followed.look()
+    assert (followed.value, followed.is_current) == ("22", True)
+
+
+async def test_a_fault_in_reading_changes_nothing_and_ends_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "number"
+    file.write_text("1")
+
+    def read(note: Note) -> int:
+        note(file)
+        return 100 // int(file.read_text())
+
+    followed = FollowedFiles("some.key", read)
+    with capture_logs() as logs:
+        file.write_text("00")
+        await followed.look()
+        assert (followed.value, followed.is_current) == (100, False)
+        file.write_text("5")
+        await followed.look()
+    assert (followed.value, followed.is_current) == (20, True)
+    assert "please report this" in logs[0]["problem"]
+    assert logs[0]["exc_info"]
 
 
 async def test_it_runs_until_cancelled(tmp_path: Path) -> None:

@@ -179,6 +179,13 @@ def test_before_anything_is_known_nothing_is_0() -> None:
     assert "requests 0 J" not in text
 
 
+def test_power_that_nobody_knows_is_not_0() -> None:
+    known = seen()
+    known.node["devices"][0]["watts"] = None
+    assert "? W of 700 W" in screen(known)
+    assert " 0 W of" not in screen(known)
+
+
 def test_ascii_terminals_get_ascii() -> None:
     text = screen(seen(), encoding="ascii")
     [line] = [line for line in text.splitlines() if "GPU 0" in line]
@@ -216,6 +223,16 @@ def test_a_trace_goes_on_and_forgets() -> None:
     assert len(known.traces[uuid]) == 3001
     assert known.traces[uuid][-1] == (NOW_MS + 1000, 50)
     assert sum(watts == 50 for _, watts in known.traces[uuid]) == 50
+
+
+def test_a_trace_goes_on_when_somebody_sets_the_clock_back() -> None:
+    known = top.Seen()
+    known.take("trace", {"a": {"start_ms": 3_600_000, "steps_ms": [20] * 100, "watts": [300] * 100}})
+    # A device that stands still is told again, with other roundings.
+    known.take("trace", {"a": {"start_ms": 3_600_999, "steps_ms": [1000], "watts": [300]}})
+    assert len(known.traces["a"]) == 100
+    known.take("trace", {"a": {"start_ms": 2000, "steps_ms": [20, 20], "watts": [200, 100]}})
+    assert list(known.traces["a"]) == [(2020, 200), (2040, 100)]
 
 
 def test_of_what_nobody_knows_nothing_is_drawn() -> None:
@@ -313,8 +330,17 @@ def test_secrets_are_not_in_what_a_traceback_shows(tmp_path: Path) -> None:
     (tmp_path / "word").write_text("s3cret")
     target = top.find_target("http://n:1", user="ops", password_file=tmp_path / "word")
     # RFC 7617 section 2: base64("ops:s3cret").
-    assert target.headers == {"Authorization": "Basic b3BzOnMzY3JldA=="}
+    assert target.headers() == {"Authorization": "Basic b3BzOnMzY3JldA=="}
     assert "b3BzOnMzY3JldA" not in repr(target)
+
+
+def test_a_replaced_token_counts_for_the_next_connection(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("old\nnew\n")
+    target = top.find_target("http://n:1", token_file=file)
+    assert target.headers() == {"Authorization": "Bearer old"}
+    file.write_text("new\n")
+    assert target.headers() == {"Authorization": "Bearer new"}
 
 
 class Terminal:

@@ -47,7 +47,8 @@ class Rig:
         )
         self._drain = drain
         app = web.Application(middlewares=[errors])
-        app.add_routes(Api(self.service, self.inbox, clock=clock, **options).routes())
+        self.api = Api(self.service, self.inbox, clock=clock, **options)
+        app.add_routes(self.api.routes())
         self.server = WebServer(app)
         self.session: aiohttp.ClientSession
         self.url = ""
@@ -299,7 +300,7 @@ async def test_without_a_token_only_this_machine_is_answered(monkeypatch: pytest
 
 
 async def test_with_a_token_it_is_needed() -> None:
-    async with Rig(token=WORD).running() as rig:
+    async with Rig(tokens=[WORD]).running() as rig:
         async with rig.session.get(rig.url + "/v1/ledger") as response:
             assert response.status == 401
             assert response.headers["WWW-Authenticate"] == 'Bearer realm="jouletrace"'
@@ -312,6 +313,19 @@ async def test_with_a_token_it_is_needed() -> None:
         writer.close()
         assert (await rig.get("/v1/ledger", Authorization="bearer s3cret"))[0] == 200
         assert await rig.post("/v1/requests", '{"request_id":"a"}', Authorization="Bearer s3cret") == (200, TAKEN)
+
+
+async def test_who_waited_while_the_token_was_replaced_is_asked_anew() -> None:
+    async with Rig(tokens=[WORD]).running() as rig:
+        await rig.post("/v1/requests", '{"request_id":"a","model":"m"}', Authorization=f"Bearer {WORD}")
+        await rig.booked()
+        waiting = asyncio.create_task(rig.get("/v1/requests/a?wait=300ms", Authorization=f"Bearer {WORD}"))
+        await asyncio.sleep(0.1)
+        rig.api.entrance.use_tokens(["other"])
+        status, answer = await waiting
+        assert (status, "ask again" in answer["error"]["message"]) == (503, True)
+        assert (await rig.get("/v1/requests/a", Authorization=f"Bearer {WORD}"))[0] == 401
+        assert (await rig.get("/v1/requests/a", Authorization="Bearer other"))[0] == 200
 
 
 async def test_a_page_in_a_browser_is_not_a_client_on_this_machine() -> None:
@@ -372,10 +386,10 @@ async def test_records_of_an_engine_that_nobody_announced_are_reported_by_line()
 
 
 async def test_a_client_on_a_unix_socket_is_on_this_machine(tmp_path: Path) -> None:
-    for token, expected in ((None, 200), (WORD, 401)):
+    for tokens, expected in (((), 200), ((WORD,), 401)):
         rig = Rig(drain=False)
         app = web.Application()
-        app.add_routes(Api(rig.service, rig.inbox, clock=SystemClock(), token=token).routes())
+        app.add_routes(Api(rig.service, rig.inbox, clock=SystemClock(), tokens=tokens).routes())
         runner = web.AppRunner(app)
         await runner.setup()
         path = str(tmp_path / f"{expected}")
@@ -407,7 +421,7 @@ async def test_a_client_on_a_unix_socket_is_on_this_machine(tmp_path: Path) -> N
 async def test_a_name_that_was_made_to_point_here_is_not_answered(host: str, status: int) -> None:
     async with Rig().running() as rig:
         assert (await rig.get("/v1/ledger", Host=host))[0] == status
-    async with Rig(token=WORD).running() as rig:
+    async with Rig(tokens=[WORD]).running() as rig:
         assert (await rig.get("/v1/ledger", Host=host, Authorization=f"Bearer {WORD}"))[0] == 200
 
 

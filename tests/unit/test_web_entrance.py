@@ -27,7 +27,7 @@ def test_names_of_this_machine(host: str, is_ours: bool) -> None:
 
 
 def test_without_a_token_the_address_decides() -> None:
-    entrance = Entrance(token=None, max_body_bytes=1)
+    entrance = Entrance(max_body_bytes=1)
     assert entrance.stranger("127.0.0.1", {}) is None
     refusal = entrance.stranger("10.0.0.1", {"authorization": f"Bearer {WORD}"})
     assert refusal is not None
@@ -36,11 +36,11 @@ def test_without_a_token_the_address_decides() -> None:
 
 @pytest.mark.parametrize("name", ["forwarded", "via", "x-forwarded-for", "x-real-ip"])
 def test_who_asks_a_proxy_on_this_machine_may_be_anywhere(name: str) -> None:
-    entrance = Entrance(token=None, max_body_bytes=1)
+    entrance = Entrance(max_body_bytes=1)
     refusal = entrance.stranger("127.0.0.1", {name: "127.0.0.1"})
     assert refusal is not None
     assert (refusal.status, "proxy" in refusal.message) == (403, True)
-    assert Entrance(token=WORD, max_body_bytes=1).stranger("127.0.0.1", {name: "x"} | bearer(WORD)) is None
+    assert Entrance(tokens=[WORD], max_body_bytes=1).stranger("127.0.0.1", {name: "x"} | bearer(WORD)) is None
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -49,7 +49,7 @@ def bearer(token: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer wrong", f"Basic {WORD}", WORD, "Bearer s3cret\udcff"])
 def test_with_a_token_nothing_else_does(authorization: str) -> None:
-    entrance = Entrance(token=WORD, max_body_bytes=1)
+    entrance = Entrance(tokens=[WORD], max_body_bytes=1)
     assert entrance.stranger("10.0.0.1", {"authorization": f"bearer  {WORD} "}) is None
     refusal = entrance.stranger("127.0.0.1", {"authorization": authorization})
     assert refusal is not None
@@ -57,10 +57,28 @@ def test_with_a_token_nothing_else_does(authorization: str) -> None:
 
 
 def test_another_token_counts_at_once() -> None:
-    entrance = Entrance(token=WORD, max_body_bytes=1)
-    entrance.use_token("other")
+    entrance = Entrance(tokens=[WORD], max_body_bytes=1)
+    entrance.use_tokens(["other"])
     assert entrance.stranger("10.0.0.1", bearer("other")) is None
     assert entrance.stranger("127.0.0.1", bearer(WORD)) is not None
+
+
+def test_each_of_several_tokens_is_good() -> None:
+    entrance = Entrance(tokens=["first", "second", "third"], max_body_bytes=1)
+    answers = [
+        entrance.has_token(f"Bearer {word}") for word in ("first", "second", "third", "fourth", "", "first second")
+    ]
+    assert answers == [True, True, True, False, False, False]
+    assert not entrance.has_token("Basic second")
+
+
+def test_what_was_begun_under_other_rules_can_be_told() -> None:
+    entrance = Entrance(tokens=["old"], max_body_bytes=1)
+    begun = entrance.rules
+    entrance.use_tokens(["old"])
+    assert entrance.rules == begun
+    entrance.use_tokens(["new", "old"])
+    assert entrance.rules != begun
 
 
 def test_what_a_body_holds_is_counted_once_unless_it_was_packed() -> None:

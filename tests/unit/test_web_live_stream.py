@@ -2,7 +2,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -49,16 +49,17 @@ class Rig:
     """The stream as the daemon serves it, on frozen snapshots and a timeline that grows."""
 
     def __init__(
-        self, *, token: str | None = None, interval_seconds: float = 0.05, max_viewers: int = 4, samples: int = 50
+        self, *, tokens: Sequence[str] = (), interval_seconds: float = 0.05, max_viewers: int = 4, samples: int = 50
     ) -> None:
         self.device = GrowingDevice(samples)
+        self.entrance = Entrance(tokens=tokens, max_body_bytes=1 << 20)
         self.failures = 0
         self.asked = 0
         self.stream = LiveStream(
             moment=self._moment,
             devices=self.device.look,
             requests=self,
-            entrance=Entrance(token=token, max_body_bytes=1 << 20),
+            entrance=self.entrance,
             clock=SystemClock(),
             interval_seconds=interval_seconds,
             max_viewers=max_viewers,
@@ -148,7 +149,7 @@ async def test_a_second_viewer_gets_the_history_and_takes_nothing_from_the_first
 
 
 async def test_requests_are_for_the_entitled() -> None:
-    async with Rig(token=WORD).serving() as rig:
+    async with Rig(tokens=[WORD]).serving() as rig:
         async with rig.viewer() as stream:
             told = await take(stream, 10)
             assert [name for name, _ in told] == ["hello", *("trace", "drivers", "node") * 3]
@@ -163,6 +164,24 @@ async def test_requests_are_for_the_entitled() -> None:
             assert "requests" not in [name for name, _ in await take(stream, 7)]
 
 
+async def test_a_stream_ends_when_it_changes_who_may_look() -> None:
+    async with Rig(tokens=[WORD]).serving() as rig, rig.viewer(Authorization=f"Bearer {WORD}") as own:
+        async with rig.viewer() as other:
+            await take(own, 5)
+            await take(other, 4)
+            asked = rig.asked
+            rig.entrance.use_tokens(["new"])
+            async with asyncio.timeout(5):
+                left = [[name async for name, _ in stream] for stream in (own, other)]
+        # What had been sent before may still come, one round of each; nothing is collected for them any more.
+        assert all(len(names) <= 4 for names in left)
+        assert rig.asked <= asked + 1
+        async with rig.viewer(Authorization=f"Bearer {WORD}") as stream:
+            assert (await take(stream, 1))[0][1]["requests_refused"]
+        async with rig.viewer(Authorization="Bearer new") as stream:
+            assert (await take(stream, 1))[0][1]["requests_refused"] is None
+
+
 @pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Host": "evil.example"}])
 async def test_a_strange_page_in_a_browser_here_is_not_entitled(headers: dict[str, str]) -> None:
     async with Rig().serving() as rig, rig.viewer(**headers) as stream:
@@ -173,7 +192,7 @@ async def test_a_strange_page_in_a_browser_here_is_not_entitled(headers: dict[st
 
 async def test_entitled_and_other_viewers_side_by_side() -> None:
     async with (
-        Rig(token=WORD).serving() as rig,
+        Rig(tokens=[WORD]).serving() as rig,
         rig.viewer(Authorization=f"Bearer {WORD}") as own,
         rig.viewer() as other,
     ):

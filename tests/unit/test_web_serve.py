@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import errno
 import socket
 import stat
@@ -61,6 +62,48 @@ async def test_port_0_reports_the_real_port(server: WebServer) -> None:
     [url] = server.urls
     assert not url.endswith(":0")
     assert await get(url) == "here"
+
+
+async def test_connections_that_stand_end_and_answers_under_way_arrive() -> None:
+    answers = asyncio.Event()
+    asked = 0
+
+    async def answer(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        await answers.wait()
+        return web.Response(text="here")
+
+    made = web.Application()
+    made.router.add_get("/", answer)
+    server = WebServer(made, shutdown_seconds=2.0)
+    server.end_connections()  # Before it has any.
+    await server.start(["127.0.0.1:0"])
+    [url] = server.urls
+    async with asyncio.timeout(10), contextlib.AsyncExitStack() as closing:
+        closing.push_async_callback(server.stop)
+        idle, busy = [await closing.enter_async_context(connection(url)) for _ in range(2)]
+        answers.set()
+        idle[1].write(GET)
+        assert b"200 OK" in await idle[0].readuntil(b"here")
+        answers.clear()
+        busy[1].write(GET)
+        while asked < 2:  # noqa: ASYNC110 - the other side's state
+            await asyncio.sleep(0.01)
+        server.end_connections()
+        assert await idle[0].read() == b""
+        answers.set()
+        assert (await busy[0].read()).endswith(b"here")
+        assert await get(url) == "here"
+
+
+@contextlib.asynccontextmanager
+async def connection(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    yield reader, writer
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_several_addresses(server: WebServer) -> None:

@@ -86,3 +86,10 @@ def test_membership_of_a_process(tmp_path: Path) -> None:
     assert membership_of(7, tmp_path).container_id == ID
     assert membership_of(8, tmp_path) == Membership()
     assert membership_of(os.getpid()) == membership(Path("/proc/self/cgroup").read_text())
+
+
+def test_a_units_name_is_escaped_by_bytes() -> None:
+    """What `systemd-escape --template=run@.service "café nº 1"` prints."""
+    unit = "run@caf\\xc3\\xa9\\x20n\\xc2\\xba\\x201.service"
+    assert membership(f"0::/system.slice/{unit}\n").unit == "run@café nº 1.service"
+    assert membership("0::/system.slice/half\\xc3.service\n").unit == "half\ufffd.service"

@@ -20,6 +20,7 @@ import http.client
 import inspect
 import json
 import os
+import pathlib
 import queue
 import socket
 import threading
@@ -46,6 +47,8 @@ REPEAT_SECONDS = 60.0
 """How often engines are announced again, for a jouletrace that was restarted and forgot them."""
 ENGINES = 64
 """Engines of one client that are announced again, those that were announced last."""
+REREAD_SECONDS = 2.0
+"""How often a token's file is read again at most while jouletrace refuses what it held; jouletrace looks as often."""
 EXIT_SECONDS = 1.0
 """What the end of the program waits for records that are still queued."""
 
@@ -58,11 +61,38 @@ Line = tuple[str, bytes]
 """A record as it travels: its kind, and its JSON with the newline."""
 
 
+class Token:
+    """What jouletrace is shown: a word, or the first in a file, which is read again when jouletrace refuses it.
+
+    A file without one, or that cannot be read, shows nothing until jouletrace refuses that. Thread-safe.
+    """
+
+    def __init__(self, word: str | None = None, *, file: str | os.PathLike[str] | None = None) -> None:
+        self._file = file
+        self._word = word if file is None else _first_word(file)
+        self._read_again_at = 0.0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers to send."""
+        return {"Authorization": f"Bearer {self._word}"} if self._word else {}
+
+    def renew(self, refused: Mapping[str, str]) -> bool:
+        """Return whether there are other headers to send than these, which got a 401; reads the file to learn it."""
+        old = refused.get("Authorization")
+        now = time.monotonic()
+        if self.headers.get("Authorization") == old and self._file is not None and now >= self._read_again_at:
+            self._read_again_at = now + REREAD_SECONDS
+            self._word = _first_word(self._file) or self._word
+        return self.headers.get("Authorization") != old
+
+
 class Client:
     """Sends records to one jouletrace. Thread-safe; after a fork the child has a client of its own.
 
     `target` is a URL, or the path of a Unix socket, stream or datagram. With a socket path, `api_url` is where
-    `energy` asks. `token` is the one of `ingest.token_file`.
+    `energy` asks. `token` is one of `ingest.token_file`, or `token_file` a file of which it is the first word: that is
+    read again when jouletrace refuses the token, so that it can be replaced while the program runs.
     """
 
     def __init__(
@@ -71,14 +101,15 @@ class Client:
         *,
         api_url: str | None = None,
         token: str | None = None,
+        token_file: str | os.PathLike[str] | None = None,
         queue_records: int = QUEUE_RECORDS,
     ) -> None:
         is_url = target.startswith(("http://", "https://"))
         self._api_url = api_url or (target if is_url else None)
-        self._token = token
+        self._token = Token(token, file=token_file)
         self._queue_records = queue_records
         self._make_sender: Callable[[], _Sender] = (
-            functools.partial(_HttpSender, target, token) if is_url else functools.partial(_SocketSender, target)
+            functools.partial(_HttpSender, target, self._token) if is_url else functools.partial(_SocketSender, target)
         )
         # A child announces its parent's engines, too: servers fork, and then only the children serve.
         self._engines: dict[str, bytes] = {}
@@ -216,9 +247,14 @@ class Client:
         connection = None
         try:
             connection = _connection(self._api_url, rest + TIMEOUT_SECONDS)
-            connection.request("GET", path, headers=_headers(self._token))
-            response = connection.getresponse()
-            answer = json.loads(response.read())
+            while True:
+                headers = self._token.headers
+                connection.request("GET", path, headers=headers)
+                response = connection.getresponse()
+                content = response.read()
+                if response.status != 401 or not self._token.renew(headers):
+                    break
+            answer = json.loads(content)
         except (OSError, http.client.HTTPException, ValueError):
             return None
         finally:
@@ -410,7 +446,7 @@ class _Sender:
 
 
 class _HttpSender(_Sender):
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: Token) -> None:
         self._url = url
         self._token = token
         self._open: http.client.HTTPConnection | None = None
@@ -434,13 +470,15 @@ class _HttpSender(_Sender):
             size += len(item[1]) if item[0] == kind else 0
             (now if item[0] == kind and (not now or size <= BATCH_BYTES) else rest).append(item)
         try:
-            headers = _headers(self._token) | {"Content-Type": "application/x-ndjson"}
+            headers = self._token.headers | {"Content-Type": "application/x-ndjson"}
             self._open.request("POST", _PATHS[kind], b"".join(line for _, line in now), headers)
             response = self._open.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException):
             self.close()
             raise
+        if response.status == 401 and self._token.renew(headers):
+            return batch, 0, 0.0
         if response.status in (429, 503):
             wait = _seconds(response.headers.get("Retry-After"))
             answer = json.loads(content)
@@ -545,8 +583,12 @@ def _connection(url: str, timeout: float) -> http.client.HTTPConnection:
     return make(parts.hostname or "127.0.0.1", parts.port, timeout=timeout)
 
 
-def _headers(token: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"} if token else {}
+def _first_word(file: str | os.PathLike[str]) -> str | None:
+    try:
+        with pathlib.Path(file).open(encoding="ascii") as opened:
+            return next(iter(opened.read(1 << 16).split()), None)
+    except (OSError, ValueError):
+        return None
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -20,13 +20,16 @@ TICK_SECONDS: Final = 0.05
 class RecordedEngine:
     """Plays the requests of a recording beside its power, lap after lap, under ids of their own in each lap."""
 
-    def __init__(self, recording: Recording, source: ReplaySource, url: str, *, token: str | None = None) -> None:
-        """Raise RecordingError when the recording's events make no sense; `url` is the daemon's own."""
+    def __init__(self, recording: Recording, source: ReplaySource, url: str, *, token_file: str | None = None) -> None:
+        """Raise RecordingError when the recording's events make no sense.
+
+        `url` and `token_file` are the daemon's own.
+        """
         self._engine = events.engine_of(recording)
         self._records = list(events.records(recording, events.Fidelity.STEPS)) if self._engine else []
         self._source = source
         self._url = url
-        self._token = token
+        self._token_file = token_file
 
     async def run(self) -> None:
         """Send until cancelled, or to the end of a recording that is played once."""
@@ -35,7 +38,7 @@ class RecordedEngine:
         while (course := self._source.course) is None:  # noqa: ASYNC110 - set by the sampler's thread
             await asyncio.sleep(TICK_SECONDS)
         sent = within(self._records, course)
-        client = Client(self._url, token=self._token)
+        client = Client(self._url, token_file=self._token_file)
         lap = 0
         try:
             while lap == 0 or course.loop:

@@ -73,7 +73,7 @@ class EnergyMiddleware:
         url = variables.get("JOULETRACE_URL") or DEFAULT_URL
         found = DEFAULT_SOCKET if "JOULETRACE_URL" not in variables and Path(DEFAULT_SOCKET).is_socket() else url
         target = variables.get("JOULETRACE_DATAGRAM_SOCKET") or found
-        self._client = Client(target, api_url=url, token=_token(variables.get("JOULETRACE_TOKEN_FILE")))
+        self._client = Client(target, api_url=url, token_file=_token_file(variables.get("JOULETRACE_TOKEN_FILE")))
         if engine_id is not None and variables.get("JOULETRACE_ENGINE_KIND"):
             # Over a socket the kernel tells the process, in the daemon's own numbers.
             pid = {"pid": os.getpid()} if target == url else {}
@@ -295,12 +295,12 @@ def _seconds(text: str | None) -> float:
     return DEFAULT_BUDGET_SECONDS
 
 
-def _token(path: str | None) -> str | None:
+def _token_file(path: str | None) -> str | None:
     if not path:
         return None
     try:
-        return Path(path).read_text(encoding="ascii").strip() or None
+        Path(path).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
-        # The server must start all the same; jouletrace then refuses what it is told.
+        # The server must start all the same; jouletrace refuses what it is told until the file can be read.
         _log.warning("JOULETRACE_TOKEN_FILE: %s cannot be read (%s): jouletrace will refuse the records", path, error)
-        return None
+    return path

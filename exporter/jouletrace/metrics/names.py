@@ -161,7 +161,7 @@ GPU_THROTTLED_SECONDS = Metric(
     "counter",
     "Time for which the clocks were held down, in seconds since the driver was loaded, by the driver's "
     "own count. Several reasons can hold at once, so do not add them up. thermal stands for both thermal "
-    "reasons on drivers that do not tell them apart.",
+    "reasons on drivers that do not tell them apart. The hardware's reasons are up to 30 s late.",
     (*_DEVICE, "reason"),
     tuple(ThrottleReason),
 )

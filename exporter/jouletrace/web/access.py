@@ -40,7 +40,10 @@ class Access:
     """The web configuration of a server, and the guard at its door. For the event loop."""
 
     def __init__(self, file: Path | None, entrance: Entrance, *, poll_seconds: float = POLL_SECONDS) -> None:
-        """Read the file, None for none; raises ConfigError. `entrance` says whose token lets in without a password."""
+        """Read the file, None for none; raises ConfigError.
+
+        `entrance` says whose token lets in without a password, and hears when these rules change.
+        """
         self._entrance = entrance
         self._passwords = Passwords()
         self._told: list[Callable[[], None]] = []
@@ -68,8 +71,8 @@ class Access:
         """The certificates in force, None for plain text."""
         return self._in_force.pems
 
-    def on_reload(self, told: Callable[[], None]) -> None:
-        """Let somebody know when something else is in force."""
+    def on_change(self, told: Callable[[], None]) -> None:
+        """Let somebody know when it changes who is let in, or over which TLS; a renewed certificate changes neither."""
         self._told.append(told)
 
     def guard(self, app: web.Application, own_rules: Iterable[web.AbstractRouteDef] = ()) -> None:
@@ -100,9 +103,11 @@ class Access:
         return Problem(403, "No name of your client certificate is in client_allowed_sans of the web configuration.")
 
     def _take(self, new: _InForce) -> None:
-        self._in_force = new
-        for told in self._told:
-            told()
+        old, self._in_force = self._in_force, new
+        if _rules(old) != _rules(new):
+            self._entrance.rules_changed()
+            for told in self._told:
+                told()
 
     async def _refusal(self, request: web.Request) -> Problem | None:
         in_force = self._in_force
@@ -117,13 +122,16 @@ class Access:
         authorization = request.headers.get(hdrs.AUTHORIZATION, "")
         if not users or self._entrance.has_token(authorization):
             return None
-        return await self._passwords.refusal(users, authorization, origin)
+        refusal = await self._passwords.refusal(users, authorization, origin)
+        # That took a while, and the rules that count are those at its end.
+        return refusal if self._in_force is in_force else await self._refusal(request)
 
     async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         for name, value in self._in_force.config.http_server_config.headers.items():
             response.headers[name] = value
         if _extra(request, "sslcontext") is not self.tls and not _is_unix(request):
-            # The client comes again with the new certificate, and shows its own anew.
+            # The client comes again, sees the new certificate and shows its own anew.
+            response.headers[hdrs.CONNECTION] = "close"
             response.force_close()
 
 
@@ -145,6 +153,11 @@ def _read(file: Path, note: Note) -> _InForce:
         return _InForce(config, pems, server_context(tls, pems), limits)
     except ConfigError as failure:
         raise ConfigError(f"{file}: {failure}") from None
+
+
+def _rules(in_force: _InForce) -> tuple[object, ...]:
+    config, pems = in_force.config, in_force.pems
+    return config.basic_auth_users, config.tls_server_config, None if pems is None else pems.client_ca
 
 
 def _is_probe(request: web.Request) -> bool:

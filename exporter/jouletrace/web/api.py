@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -18,7 +18,7 @@ from jouletrace.requests.decoding import LineError, RecordDecoder, TooManyRecord
 from jouletrace.requests.inbox import Events, Inbox, Loss, Origin
 from jouletrace.requests.records import RecordError, RecordKind, RequestRecord, Status, check_request
 from jouletrace.web.diagnosis import diagnosis_document
-from jouletrace.web.entrance import BODY_SECONDS, RETRY_SECONDS, Entrance, Problem
+from jouletrace.web.entrance import BODY_SECONDS, OTHER_RULES, RETRY_SECONDS, Entrance, Problem
 from jouletrace.web.schema import records_schema
 
 WAIT_SECONDS: Final = 30.0
@@ -68,7 +68,7 @@ class Receipt(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Api:
     """The routes below `/v1/`.
 
-    Clients on this machine and those with the token are answered, nobody else: what a tenant uses is nobody else's
+    Clients on this machine and those with a token are answered, nobody else: what a tenant uses is nobody else's
     business, and records decide who pays.
     """
 
@@ -79,7 +79,7 @@ class Api:
         *,
         clock: Clock,
         diagnosis: Callable[[], DiagnosisSnapshot] = DiagnosisSnapshot,
-        token: str | None = None,
+        tokens: Sequence[str] = (),
         max_body_bytes: int = 8 << 20,
         max_records: int = 65_536,
         body_seconds: float = BODY_SECONDS,
@@ -88,7 +88,7 @@ class Api:
         self._inbox = inbox
         self._clock = clock
         self._diagnosis = diagnosis
-        self.entrance = Entrance(token=token, max_body_bytes=max_body_bytes, body_seconds=body_seconds)
+        self.entrance = Entrance(tokens=tokens, max_body_bytes=max_body_bytes, body_seconds=body_seconds)
         """Who may come in, and how much at a time; for other routes that take records as well."""
         self.admission = Admission(inbox, self._settled_engines, clock)
         """What is said of records before they are queued; for the sockets as well."""
@@ -219,10 +219,13 @@ class Api:
         if self._waiting >= MAX_WAITING:
             wait_seconds = 0.0
         self._waiting += 1
+        rules = self.entrance.rules
         try:
             energy = await self._answers.price(request_id, request.query.get("engine_id"), wait_seconds)
         finally:
             self._waiting -= 1
+        if self.entrance.rules != rules:
+            return _refused(OTHER_RULES)
         if energy is None:
             return _problem(
                 404,

@@ -5,7 +5,7 @@ import hmac
 import ipaddress
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -50,13 +50,16 @@ class Body:
 
 
 class Entrance:
-    """Lets clients on this machine in and those with the token, nobody else, and takes their bodies.
+    """Lets clients on this machine in and those with a token, nobody else, and takes their bodies.
 
     What a tenant uses is nobody else's business, and records decide who pays.
     """
 
-    def __init__(self, *, token: str | None, max_body_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
-        self._token = token.encode() if token else None
+    def __init__(self, *, tokens: Sequence[str] = (), max_body_bytes: int, body_seconds: float = BODY_SECONDS) -> None:
+        """Of several tokens each is good; without one only clients on this machine are let in."""
+        self._tokens = _encoded(tokens)
+        self.rules = 0
+        """How often it has changed who is let in. What was begun before is over: its client may be one no more."""
         self.max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
         self._body_bytes = 0
@@ -64,11 +67,17 @@ class Entrance:
     @property
     def needs_token(self) -> bool:
         """Whether clients must send a token."""
-        return self._token is not None
+        return bool(self._tokens)
 
-    def use_token(self, token: str) -> None:
-        """Ask for another token from now on. There is no way back to none."""
-        self._token = token.encode()
+    def use_tokens(self, tokens: Sequence[str]) -> None:
+        """Ask for one of these, at least one, from now on. There is no way back to none."""
+        if _encoded(tokens) != self._tokens:
+            self._tokens = _encoded(tokens)
+            self.rules_changed()
+
+    def rules_changed(self) -> None:
+        """Say that something else decides now who is let in."""
+        self.rules += 1
 
     def refusal(self, request: web.Request) -> Problem | None:
         """Return why this client is not served, None for one that is."""
@@ -76,7 +85,7 @@ class Entrance:
             # A page in somebody's browser on this machine would count as a client on this machine.
             return Problem(403, "Web pages of other origins are not answered here; remove the Origin header.")
         refusal = self.stranger(_address_of(request.transport), request.headers)
-        if refusal is None and self._token is None and not names_loopback(request.headers.get(hdrs.HOST, "")):
+        if refusal is None and not self._tokens and not names_loopback(request.headers.get(hdrs.HOST, "")):
             # A page whose name was made to point at this machine (DNS rebinding) sends no Origin with a GET.
             return Problem(
                 403,
@@ -90,7 +99,7 @@ class Entrance:
 
         `headers` takes names in lower case, as gRPC's metadata does.
         """
-        if self._token is None:
+        if not self._tokens:
             if is_loopback(address):
                 if not any(name in headers for name in FORWARDED):
                     return None
@@ -107,18 +116,16 @@ class Entrance:
             return None
         return Problem(
             401,
-            "The token is missing or wrong: send the one of ingest.token_file as Authorization: Bearer TOKEN.",
+            "The token is missing or wrong: send that of ingest.token_file as Authorization: Bearer TOKEN.",
             {hdrs.WWW_AUTHENTICATE: 'Bearer realm="jouletrace"'},
         )
 
     def has_token(self, authorization: str) -> bool:
-        """Return whether an Authorization is the token, which lets in everywhere; never, where there is none."""
+        """Return whether an Authorization is a token, which lets in everywhere; never, where there is none."""
         scheme, _, given = authorization.partition(" ")
-        return (
-            self._token is not None
-            and scheme.lower() == "bearer"
-            and hmac.compare_digest(given.strip().encode(errors="surrogateescape"), self._token)
-        )
+        word = given.strip().encode(errors="surrogateescape")
+        # All are compared, so that the time does not tell which one it is.
+        return sum(hmac.compare_digest(word, token) for token in self._tokens) > 0 and scheme.lower() == "bearer"
 
     def hold(self, body: Body) -> None:
         """Count a body as being dealt with; `release` must follow."""
@@ -178,6 +185,16 @@ class Entrance:
             self._body_bytes -= held
         content = b"".join(parts)
         return Body(content, content if packed_body is None else b"".join(sent))
+
+
+OTHER_RULES: Final = Problem(
+    503, "It was changed meanwhile who is answered; ask again.", {hdrs.RETRY_AFTER: str(RETRY_SECONDS)}
+)
+"""To a client that waited for its answer."""
+
+
+def _encoded(tokens: Sequence[str]) -> tuple[bytes, ...]:
+    return tuple(token.encode() for token in tokens)
 
 
 def _address_of(transport: asyncio.BaseTransport | None) -> str:

@@ -63,7 +63,7 @@ def openapi_document(telemetry_path: str = "/metrics") -> str:
         "components": {
             "schemas": schemas,
             "securitySchemes": {
-                "token": {"type": "http", "scheme": "bearer", "description": "The content of ingest.token_file."},
+                "token": {"type": "http", "scheme": "bearer", "description": "A word of ingest.token_file."},
                 "password": {"type": "http", "scheme": "basic", "description": "A user of the web configuration."},
             },
         },
@@ -103,7 +103,11 @@ def _paths(telemetry_path: str) -> dict[str, Any]:
             "get": _entitled(
                 "What a request used.",
                 _json(_reference("RequestEnergy")),
-                {400: "A parameter makes no sense.", 404: "It is not known."},
+                {
+                    400: "A parameter makes no sense.",
+                    404: "It is not known.",
+                    503: "Who may ask has changed: ask again.",
+                },
                 [
                     request_id,
                     _parameter("query", "engine_id", {"type": "string"}),

@@ -146,6 +146,14 @@ class WebServer:
         self._own_paths.clear()
         self._accepting.clear()
 
+    def end_connections(self) -> None:
+        """End those that stand idle now, and the others after the answer that is under way; clients come again."""
+        for task in self._arriving:
+            task.cancel()
+        for connection in () if self._runner.server is None else self._runner.server.connections:
+            assert isinstance(connection, _Connection)
+            connection.end()
+
     async def _open(self, address: str) -> list[socket.socket]:
         path = unix_path(address)
         if path is None:
@@ -252,6 +260,11 @@ class _Connection(RequestHandler):
         self._left = left
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+
+    def end(self) -> None:
+        """Close it when it is idle, else after the answer that is under way."""
+        # aiohttp's own `close` leaves an idle one open with nobody who reads from it.
+        (self.close if self._waiter is None else self.force_close)()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.began = True

@@ -16,8 +16,8 @@ _JOB: Final = re.compile(r"(?:/[^/]*slurm[^/]*(?:/[^/]+)*?)/job_([0-9]{1,12})(?=
 """`slurm_NODE/uid_U/job_J/step_S` in cgroup v1, `slurmstepd.scope/job_J/step_S` in v2; `NODE_slurmstepd.scope` where a
 machine plays several nodes."""
 _UNIT: Final = re.compile(r"/([^/]+\.service)(?=/|$)")
-_ESCAPE: Final = re.compile(r"\\x([0-9a-f]{2})")
-"""systemd.unit(5), string escaping."""
+_ESCAPE: Final = re.compile(rb"\\x([0-9a-f]{2})")
+"""A byte; systemd.unit(5), string escaping."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def membership(text: str) -> Membership:
         names = {
             "container_id": _last(_CONTAINER, path) if pod is None else container[1] if container else "",
             "pod_uid": pod[1].replace("_", "-") if pod else "",
-            "unit": _ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), _last(_UNIT, path)),
+            "unit": _unescaped(_last(_UNIT, path)),
             "slurm_job": _last(_JOB, path),
         }
         for key, name in names.items():
@@ -62,6 +62,10 @@ def membership_of(pid: int, proc: Path = Path("/proc")) -> Membership:
             return membership(file.read(MOST_BYTES).decode(errors="replace"))
     except OSError:
         return Membership()
+
+
+def _unescaped(unit: str) -> str:
+    return _ESCAPE.sub(lambda escape: bytes([int(escape[1], 16)]), unit.encode()).decode(errors="replace")
 
 
 def _last(pattern: re.Pattern[str], path: str) -> str:

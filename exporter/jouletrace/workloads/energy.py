@@ -6,6 +6,7 @@ each moment's energy by the SM time of its processes, equally (by process) where
 several rows this is a model: power is not proportional to SM time, and in MIG mode SM time is not known.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -24,8 +25,8 @@ MOST_ROWS: Final = 64
 PATIENCE_NS: Final = 30 * NS
 """How long a shared moment waits for SM times, which are read every 10 s; then it is shared equally."""
 MOST_LISTS: Final = 128
-"""Lists of processes that wait to be settled; only of a device whose energy stands still, as that of a lost one, are
-there more than `PATIENCE_NS` holds."""
+"""Lists of processes, and of SM shares, that wait to be settled; only of a device whose energy stands still, as that of
+a lost one, are there more than `PATIENCE_NS` holds. Each list then holds for longer, for the time without readings."""
 KEPT_NS: Final = 60 * NS
 """How long a row stays after its last joules."""
 SCRAPE_AFTER_NS: Final = 2 * NS
@@ -60,8 +61,8 @@ class DevicePods:
 
     def __init__(self) -> None:
         self._accounts: dict[Row, _Account] = {}
-        self._holdings: list[_Holding] = []
-        self._sm_times: list[_SmTimes] = []
+        self._holdings: deque[_Holding] = deque(maxlen=MOST_LISTS)
+        self._sm_times: deque[_SmTimes] = deque(maxlen=MOST_LISTS)
         self.settled_ns: int | None = None
         """Up to where the device's energy is given out; None before the first time."""
         self._settled_joules = 0.0
@@ -74,9 +75,6 @@ class DevicePods:
     def hold(self, t_ns: int, rows: Mapping[int, Row]) -> None:
         """Take in a list of the processes on the device, by pid; lists before the last are passed over."""
         if not self._holdings or t_ns > self._holdings[-1].t_ns:
-            if len(self._holdings) == MOST_LISTS:
-                # What it then holds for longer is the time without readings.
-                del self._holdings[0]
             self._holdings.append(_Holding(t_ns, rows))
 
     def share(self, t_ns: int, ratios: Mapping[int, float]) -> None:
@@ -89,13 +87,13 @@ class DevicePods:
         if self.settled_ns is None:
             self.settled_ns = timeline.start_ns
         while len(self._holdings) > 1:
-            holding, after = self._holdings[:2]
+            holding, after = self._holdings[0], self._holdings[1]
             middle_ns = (holding.t_ns + after.t_ns) // 2
             if not self._settle_holding(holding, middle_ns, timeline, now_ns):
                 break
-            del self._holdings[0]
+            self._holdings.popleft()
         while len(self._sm_times) > 1 and self._sm_times[0].t_ns < self.settled_ns:
-            del self._sm_times[0]
+            self._sm_times.popleft()
 
     def drop_ended(self, now_ns: int, scraped_ns: int) -> None:
         """Drop the rows of pods that are gone once their last joules have been exposed for a minute and scraped."""

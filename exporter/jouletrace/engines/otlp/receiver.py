@@ -192,9 +192,6 @@ class SpanIntake:
 class _Listening(Protocol):
     """The gRPC server, whose module cannot be imported everywhere."""
 
-    @property
-    def ports(self) -> Sequence[int]: ...
-
     async def start(self, access: Access) -> None: ...
 
     async def stop(self) -> None: ...
@@ -239,16 +236,6 @@ class OtlpReceiver:
         """Return what was passed on, None when nothing is to be; may be called from any thread."""
         return None if self._tee is None else self._tee.counts()
 
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """The base URL of each listener of its own, with the real port where 0 was asked for."""
-        return () if self._server is None else self._server.urls
-
-    @property
-    def grpc_ports(self) -> Sequence[int]:
-        """The ports of gRPC, with the real one where 0 was asked for."""
-        return () if self._grpc is None else self._grpc.ports
-
     async def start(self, access: Access) -> None:
         """Listen and begin to pass on; raises ListenError and ConfigError.
 
@@ -261,6 +248,7 @@ class OtlpReceiver:
             access.guard(app, own_rules=self.routes())
             self._server = WebServer(app, tls=lambda: access.tls, address_flag="--otlp.listen-address")
             await self._server.start(self._config.listen_address)
+            access.on_change(self._server.end_connections)
             for url in self._server.urls:
                 _log.info("receiving spans", endpoint=f"{url}{PATH}")
         if self._grpc is not None:

@@ -17,7 +17,7 @@ from jouletrace.web.access import Access
 from jouletrace.web.entrance import BODIES_BYTES, BODY_SECONDS, Entrance, Problem
 from jouletrace.web.serve import KEEP_ALIVE_SECONDS, Limits, ListenError
 from jouletrace.web.tls import Pems
-from jouletrace.web.web_config import ClientAuth, TlsServerConfig, TlsVersion
+from jouletrace.web.web_config import ClientAuth, TlsVersion
 
 SERVICE: Final = "opentelemetry.proto.collector.trace.v1.TraceService"
 CALLS_PER_CONNECTION: Final = 8
@@ -45,13 +45,15 @@ class _Security:
 
     tls: bool = False
     asks_for_certificate: bool = False
+    client_ca: bytes = b""
+    """gRPC would take a new one, too, but let the connections stand whose certificates are of the old one."""
 
 
 class GrpcServer:
     """Serves exports at addresses such as `:4317`. What came goes on over HTTP, as protobuf.
 
-    A rotated certificate counts from the next connection on. When TLS comes, goes or begins to ask for certificates,
-    the ports are closed and opened again.
+    A rotated certificate counts from the next connection on. When TLS comes, goes, or begins to ask for certificates
+    or for those of another authority, the ports are closed and opened again.
     """
 
     def __init__(self, addresses: Sequence[str], entrance: Entrance, export: Export) -> None:
@@ -61,18 +63,17 @@ class GrpcServer:
         # All that is being received or taken in is in memory; a slow sender waits here, not there.
         self._turns = asyncio.Semaphore(max(1, BODIES_BYTES // entrance.max_body_bytes))
         self._access: Access
-        self._security = _Security()
+        self._security: _Security | None = None
+        """Of the listening ports; None while there are none."""
         self._served: Pems | None = None
         self._server: grpc.aio.Server | None = None
         self._renewal: asyncio.Task[None] | None = None
-        self.ports: Sequence[int] = ()
-        """The real ones, once it has started."""
 
     async def start(self, access: Access) -> None:
         """Listen; raises ListenError, and ConfigError when gRPC cannot be held to what is asked of TLS."""
         self._access = access
         await self._listen()
-        access.on_reload(self._reloaded)
+        access.on_change(self._renew_soon)
 
     async def stop(self) -> None:
         """Take no more calls and let the running ones finish."""
@@ -83,7 +84,7 @@ class GrpcServer:
             await self._server.stop(STOP_SECONDS)
 
     async def _listen(self) -> None:
-        security = _security_of(self._access.tls_config)
+        security = _security_of(self._access)
         limits = Limits()
         server = grpc.aio.server(
             options=[
@@ -102,9 +103,8 @@ class GrpcServer:
         bound = [_bind(server, address, credentials) for address in self._addresses]
         await server.start()
         self._server, self._security = server, security
-        self.ports = [port for _, port in bound]
         self._addresses = [address for address, _ in bound]
-        for port in self.ports:
+        for _, port in bound:
             _log.info("receiving spans over gRPC", port=port, tls=security.tls)
 
     def _credentials(self, security: _Security) -> grpc.ServerCredentials:
@@ -124,13 +124,13 @@ class GrpcServer:
         self._served = pems
         return _certificates(pems)
 
-    def _reloaded(self) -> None:
+    def _renew_soon(self) -> None:
         if self._renewal is None or self._renewal.done():
             self._renewal = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
         try:
-            while _security_of(self._access.tls_config) != self._security:
+            while _security_of(self._access) != self._security:
                 if self._server is not None:
                     await self._server.stop(STOP_SECONDS)
                     self._server = None
@@ -139,7 +139,7 @@ class GrpcServer:
             # Rather nothing than less than what is asked for.
             if self._server is not None:
                 await self._server.stop(STOP_SECONDS)
-                self._server, self._security = None, _Security()
+            self._server = self._security = None
             _log.error("no more spans are received over gRPC", problem=str(failure))
 
     async def _answer(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
@@ -169,9 +169,10 @@ class GrpcServer:
         return refusal or self._entrance.stranger(_address(context.peer()), told)
 
 
-def _security_of(tls: TlsServerConfig | None) -> _Security:
+def _security_of(access: Access) -> _Security:
     """Return what a port must do; raises ConfigError for what grpcio cannot be told."""
-    if tls is None:
+    tls, pems = access.tls_config, access.pems
+    if tls is None or pems is None:
         return _Security()
     if (
         (tls.min_version, tls.max_version) != (TlsVersion.TLS12, TlsVersion.TLS13)
@@ -183,7 +184,8 @@ def _security_of(tls: TlsServerConfig | None) -> _Security:
             "curve_preferences of the web configuration: it takes TLS 1.2 and 1.3; remove these, or use OTLP over HTTP"
         )
     # Which certificates are taken is asked at each call; gRPC knows no "if given".
-    return _Security(True, tls.client_auth_type is ClientAuth.REQUIRED or bool(tls.client_allowed_sans))
+    asks = tls.client_auth_type is ClientAuth.REQUIRED or bool(tls.client_allowed_sans)
+    return _Security(True, asks, pems.client_ca)
 
 
 def _certificates(pems: Pems) -> grpc.ServerCertificateConfiguration:

@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 import structlog
 
+from jouletrace.engines.client import Token
 from jouletrace.logs import Transitions
 
 SETTLE_SECONDS: Final = 1.0
@@ -53,12 +54,10 @@ class Energy:
 class EnergyDesk:
     """Where energy is asked for. `budget_seconds` is the longest that one answer is held up by it; 0 never asks."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, url: str, *, token: str | None = None, budget_seconds: float
-    ) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, *, token: Token, budget_seconds: float) -> None:
         self._session = session
         self._url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._token = token
         self._budget_seconds = budget_seconds
         self._ask_again_at = 0.0
         self._states = Transitions(_log, time.monotonic_ns)
@@ -70,16 +69,15 @@ class EnergyDesk:
         query = {"engine_id": record["engine_id"]} if "engine_id" in record else {}
         if self._budget_seconds >= SETTLE_SECONDS:
             query["wait"] = f"{round((self._budget_seconds - RESERVE_SECONDS) * 1000)}ms"
+        url = f"{self._url}/v1/requests/{quote(record['request_id'], safe='')}"
         try:
-            async with (
-                asyncio.timeout(self._budget_seconds),
-                self._session.get(
-                    f"{self._url}/v1/requests/{quote(record['request_id'], safe='')}",
-                    params=query,
-                    headers=self._headers,
-                ) as response,
-            ):
-                status, content = response.status, await response.read()
+            async with asyncio.timeout(self._budget_seconds):
+                while True:
+                    headers = self._token.headers
+                    async with self._session.get(url, params=query, headers=headers) as response:
+                        status, content = response.status, await response.read()
+                    if status != 401 or not self._token.renew(headers):
+                        break
         except (TimeoutError, OSError, aiohttp.ClientError, ValueError) as failure:
             self._fail(f"{type(failure).__name__} {failure}".strip())
             return None

@@ -22,7 +22,8 @@ class Options:
     """URL or Unix socket that records go to."""
     jouletrace_api: str | None = None
     """URL that is asked for energy; by default where the records go, or `DEFAULT_JOULETRACE` for a socket."""
-    token: str | None = None
+    token_file: Path | None = None
+    """Read again when the daemon refuses its token."""
     engine_id: str | None = None
     engine_kind: str | None = None
     gpu_uuids: tuple[str, ...] = ()
@@ -102,7 +103,7 @@ def read_options(flags: argparse.Namespace) -> Options:
         listen=tuple(flags.listen or (DEFAULT_LISTEN,)),
         jouletrace=flags.jouletrace,
         jouletrace_api=flags.jouletrace_api,
-        token=_token(flags.token_file),
+        token_file=_with_token(flags.token_file),
         engine_id=flags.engine_id,
         engine_kind=flags.engine_kind,
         gpu_uuids=tuple(flags.gpu_uuid or ()),
@@ -129,13 +130,13 @@ def _check_url(flag: str, text: str | None, others: str = "") -> None:
         raise ConfigError(f"{flag}: {text!r} is not a URL such as http://127.0.0.1:8000{others}")
 
 
-def _token(path: Path | None) -> str | None:
+def _with_token(path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        token = path.read_text().strip()
+        token = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--token-file: {path} cannot be read ({error}); see its owner and mode") from None
     if not token:
         raise ConfigError(f"--token-file: {path} is empty; it must hold the token of ingest.token_file")
-    return token
+    return path

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from jouletrace import logs
 from jouletrace.engines.callers import Callers
-from jouletrace.engines.client import Client
+from jouletrace.engines.client import Client, Token
 from jouletrace.engines.proxy.energy import EnergyDesk
 from jouletrace.engines.proxy.forward import Proxy
 from jouletrace.engines.proxy.options import Options
@@ -72,9 +72,10 @@ async def _run(options: Options) -> int:
 @contextlib.asynccontextmanager
 async def serving(options: Options) -> AsyncIterator[tuple[Proxy, tuple[str, ...]]]:
     """Yield a proxy that listens, and its URLs; raises ListenError."""
-    client = Client(options.jouletrace, api_url=options.api_url, token=options.token)
+    client = Client(options.jouletrace, api_url=options.api_url, token_file=options.token_file)
     async with _session() as upstream, _session() as daemon:
-        desk = EnergyDesk(daemon, options.api_url, token=options.token, budget_seconds=options.energy_budget_seconds)
+        token = Token(file=options.token_file)
+        desk = EnergyDesk(daemon, options.api_url, token=token, budget_seconds=options.energy_budget_seconds)
         callers = Callers(options.engine_id, options.tenant_headers)
         proxy = Proxy(options.upstream, upstream, client=client, desk=desk, callers=callers)
         app = web.Application()

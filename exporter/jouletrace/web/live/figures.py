@@ -211,8 +211,8 @@ Secrets come from files alone: everybody on the machine can read a command line.
 
 The socket has the mode of `ingest.socket_access` (0660 unless changed) and goes when the daemon ends. It serves what
 the port serves, by the same rules: passwords, the rate limit and the token hold. Two things differ. It speaks HTTP
-without TLS, so that its clients show no certificate, and `client_allowed_sans` refuses them all. And its clients count
-as clients on this machine wherever they run: keep it out of folders that containers mount. If engines mount
+without TLS, so that its clients need no certificate: its mode says who may connect. And its clients count as clients
+on this machine wherever they run: keep it out of folders that containers mount. If engines mount
 `/run/jouletrace` for the sockets of records, choose another folder. Under systemd the socket unit says where to listen:
 `systemctl edit jouletrace.socket`, with `ListenStream=/PATH`, `SocketMode=0660` and `SocketGroup=` below `[Socket]`.
 

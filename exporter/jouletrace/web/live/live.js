@@ -59,6 +59,7 @@ function traceOf(uuid) {
 }
 
 function onNode(data) {
+  if (latest && data.now_ms < latest.now_ms) playhead.reset(); // Somebody has set the clock back.
   latest = data;
   latestAt = performance.now();
   for (const device of data.devices) {

@@ -154,6 +154,7 @@ class LiveStream:
                 text=f"{self._max_viewers} viewers are looking already; close one, or watch in Grafana.",
                 headers={hdrs.RETRY_AFTER: "10"},
             )
+        rules = self._entrance.rules
         refusal = self._entrance.refusal(request)
         viewer = _Viewer(request, sees_requests=refusal is None)
         response = web.StreamResponse(
@@ -175,9 +176,11 @@ class LiveStream:
         # Gone, cut off, or at the end: a client that leaves is no error.
         with contextlib.suppress(ConnectionError):
             try:
-                await response.write(encode("hello", hello) + first)
-                while (round_ := await viewer.rounds.get()) is not None:
+                round_: bytes | None = encode("hello", hello) + first
+                # Once other rules say who may look, they are asked anew: viewers come again by themselves.
+                while round_ is not None and self._entrance.rules == rules:
                     await response.write(round_)
+                    round_ = await viewer.rounds.get()
                 await response.write_eof()
             finally:
                 self._viewers.discard(viewer)

@@ -7,6 +7,7 @@ const DEPTH = 8192; // Points kept; a window of 60 s at 50 Hz is 3,000.
 const SPANS = 96; // Driver spans kept, about one a second.
 const AHEAD_SECONDS = 3; // What the strip may hold that is not in view yet.
 const GAP_MS = 2;
+const SET_BACK_MS = 1000; // News that end so long before what is known are of a clock that was set back.
 const LEVEL_MS = 250; // A longer step than any sensor's period is drawn as the level that it is.
 
 export class Trace {
@@ -48,6 +49,10 @@ export class Trace {
 
   /** Adds a piece of the stream; what is known already is skipped. */
   add({ start_ms: startMs, steps_ms: steps, watts }) {
+    if (steps.reduce((sum, step) => sum + step, startMs) < this.endMs - SET_BACK_MS) {
+      this.#count = 0;
+      this.#spans = [];
+    }
     let end = this.endMs;
     let at = startMs;
     for (let i = 0; i < steps.length; i++) {
