@@ -835,6 +835,65 @@ def test_another_source_goes_on_where_the_first_ended(pair: tuple[EnergySource, 
     assert early.high - early.low < alone.get(pair[0], 5.0) * truth.between(0, 1) + 1
 
 
+@pytest.mark.parametrize("last_s", [20, 28])
+def test_the_counter_tells_what_was_used_until_it_became_the_source(last_s: int) -> None:
+    """The ring ends at 20 s with 200 W; nobody saw 12 s of 600 W, and the counter goes on with 100 W."""
+
+    def shown(at_s: float) -> CounterReading:
+        joules = 200 * min(at_s, 20) + 600 * min(max(at_s - 20, 0), 12) + 100 * max(at_s - 32, 0)
+        return CounterReading(START_NS + round(at_s * S), round(joules * 1e3), MS)
+
+    meter = Meter(EnergySource.POWER_RING, limit_watts=LIMIT)
+    for second in range(20):
+        meter.add_ring(PowerSamples(START_NS + second * S + np.arange(1, 51) * 20 * MS, np.full(50, 2e5)))
+        if second % 4 == 3:
+            meter.add_counter(shown(second + 1))
+    if last_s > 20:
+        # Read while the ring was silent: inside the gap it tells nothing.
+        meter.add_counter(shown(last_s))
+    meter.change_source(EnergySource.ENERGY_COUNTER)
+    for tenth in range(330, 400):
+        meter.add_counter(shown(tenth / 10))
+    timeline = timeline_of(meter)
+    used = window(meter, START_NS + 10 * S, timeline.end_ns)
+    truth = shown((timeline.end_ns - START_NS) / S).energy_mj / 1e3 - 2_000
+    assert holds(used, truth)
+    assert used.joules == pytest.approx(truth, rel=0.01)
+    assert used.high - used.low < 0.05 * truth
+    assert meter.gap_seconds == pytest.approx(13, abs=0.2)
+
+
+def test_a_counter_that_was_set_back_meanwhile_tells_nothing_of_the_gap() -> None:
+    meter = Meter(EnergySource.POWER_RING, limit_watts=LIMIT)
+    for second in range(20):
+        meter.add_ring(PowerSamples(START_NS + second * S + np.arange(1, 51) * 20 * MS, np.full(50, 2e5)))
+        meter.add_counter(CounterReading(START_NS + (second + 1) * S, 9_000_000 + second * 200_000, MS))
+    meter.change_source(EnergySource.ENERGY_COUNTER)
+    before = meter.joules
+    for tenth in range(230, 300):
+        meter.add_counter(CounterReading(START_NS + tenth * 100 * MS, tenth * 20_000, MS))
+    # 200 W on both sides; three seconds in between went on like that.
+    assert meter.counter_resets == 1
+    assert meter.joules - before == pytest.approx(200 * 9.9, rel=0.02)
+
+
+def test_a_counter_after_the_average_is_shaped_by_the_average() -> None:
+    meter = Meter(EnergySource.POWER_AVERAGE, limit_watts=LIMIT, architecture="volta")
+    joules = 0.0
+    for tenth in range(400):
+        watts = 100 if tenth // 50 % 2 else 500
+        joules += watts / 10
+        if tenth == 100:
+            meter.change_source(EnergySource.ENERGY_COUNTER)
+        meter.add_power(PowerReading(START_NS + tenth * 100 * MS, None, watts * 1000))
+        if tenth % 20 == 0:
+            meter.add_counter(CounterReading(START_NS + tenth * 100 * MS + MS, round(joules * 1e3), MS))
+    # Between the readings at 22 and 26 s the power falls once; without a shape it would be a straight line.
+    timeline = timeline_of(meter)
+    rises = np.diff([timeline.energy_at(START_NS + round(second * S)) for second in np.arange(22, 26, 0.5)])
+    assert rises.max() / rises.min() == pytest.approx(5, rel=0.2)
+
+
 def test_the_same_source_again_is_no_change() -> None:
     whole = Bench().run(30)
     bench, meter = Bench(), Meter(EnergySource.POWER_RING, limit_watts=LIMIT)

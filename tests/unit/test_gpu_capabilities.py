@@ -1,6 +1,7 @@
 """What a device can measure is found out by trying; each GPU family ends on its rung of the ladder."""
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,8 +10,16 @@ from tests.nvml_shim import Constant, Device, Fault, Steps
 from tests.simulated_node import SimulatedNode
 
 from jouletrace.energy.meter import EnergySource
-from jouletrace.gpu.capabilities import BURST_SECONDS, Capabilities, advice, probe, update_interval
-from jouletrace.gpu.readings import DriverGoneError, DriverMismatchError, Sensor
+from jouletrace.gpu.capabilities import (
+    BURST_SECONDS,
+    Capabilities,
+    advice,
+    answers,
+    better_than,
+    probe,
+    update_interval,
+)
+from jouletrace.gpu.readings import DriverGoneError, DriverMismatchError, Sensor, UnsupportedError
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -129,6 +138,50 @@ def test_a_failure_that_passes_costs_no_rung(simulate: NodeFactory, fault: Fault
     assert found.energy_source is EnergySource.POWER_RING
     assert found.has_counter
     assert found.has_activity
+
+
+@pytest.mark.parametrize(
+    ("device", "faults", "failing"),
+    [
+        (Device("h200"), [Fault.error(RING, 999)], {Sensor.POWER_RING}),
+        (Device("h200"), [Fault.error(RING, 3)], set()),
+        (Device("h200", features={"ring": "depth:119,period_ms:1000"}), [], set()),
+        (Device("a100"), [Fault.error(COUNTER, 999)], {Sensor.ENERGY_COUNTER}),
+        # One reading, then nothing: whether it moves is not known.
+        (Device("a100"), [Fault.error(COUNTER, 999, from_call=2)], {Sensor.ENERGY_COUNTER}),
+        (Device("a100", features={"counter": "period_ms:60000"}), [], set()),
+        (Device("pascal"), [], set()),
+        (
+            Device("pascal"),
+            [Fault.error(FIELDS, 999), Fault.error("nvmlDeviceGetPowerUsage", 999)],
+            {Sensor.POWER_INSTANT, Sensor.POWER_AVERAGE},
+        ),
+        (Device("h200"), [Fault.lost(0, from_s=0.3)], set()),
+    ],
+)
+def test_what_fails_is_told_from_what_is_not_there(
+    simulate: NodeFactory, device: Device, faults: Sequence[Fault], failing: set[Sensor]
+) -> None:
+    found = only(simulate(device, faults=faults))
+    assert found.failing == failing
+    assert found.failing <= found.missing.keys()
+    assert not found.failing & found.sensors
+
+
+def test_one_reading_tells_whether_a_sensor_answers(simulate: NodeFactory) -> None:
+    [h200, a100, pascal] = simulate(Device("h200"), Device("a100"), Device("pascal")).open()
+    assert all(answers(h200, sensor) for sensor in Sensor)
+    assert answers(a100, Sensor.ENERGY_COUNTER)
+    assert not answers(a100, Sensor.POWER_AVERAGE)
+    for device, sensor in ((a100, Sensor.POWER_RING), (pascal, Sensor.ENERGY_COUNTER)):
+        with pytest.raises(UnsupportedError):
+            answers(device, sensor)
+
+
+def test_the_rungs_above_a_source() -> None:
+    assert better_than(EnergySource.POWER_RING) == []
+    assert better_than(EnergySource.POWER_POLLING) == [Sensor.POWER_RING, Sensor.ENERGY_COUNTER]
+    assert better_than(None) == list(Sensor)
 
 
 def test_a_device_lost_meanwhile_is_told_apart(simulate: NodeFactory) -> None:

@@ -423,7 +423,8 @@ def test_a_ring_that_fails_for_good_leaves_the_next_rung(simulate: NodeFactory, 
     device = node.gpu(0)
     assert (device.status, device.energy_source) == (DeviceStatus.OK, "energy_counter")
     assert device.timeline_end_ns is not None
-    check_energy(node, 0, START_NS, device.timeline_end_ns)
+    # The counter knows what was used while another sensor was looked for.
+    assert check_energy(node, 0, START_NS, device.timeline_end_ns) == pytest.approx(0, abs=0.01)
     assert check_energy(node, 0, device.timeline_end_ns - 30 * NS, device.timeline_end_ns) == pytest.approx(0, abs=0.01)
     assert node.gpu(1).energy_source == "power_ring"
     assert node.gpu(1).gap_seconds == 0
@@ -483,6 +484,217 @@ def test_garbage_now_and_then_is_dropped(simulate: NodeFactory, profile: str, ca
     assert check_energy(node, 0, end_ns - 100 * NS, end_ns) == pytest.approx(0, abs=0.02)
     for watts in (node.gpu().power_watts, node.gpu().power_max_watts, node.gpu().memory_power_watts):
         assert watts is None or watts < 1400
+
+
+# ---- back to the best sensor ----
+
+
+def ring_reads(node: SimulatedNode, seconds: int, step_s: int) -> list[int]:
+    """Run on; return after how many seconds GPU 0's ring was asked, to the step."""
+    seen, asked = node.shim.call_count(RING, 0), []
+    for passed_s in range(step_s, seconds + 1, step_s):
+        node.run(step_s)
+        if node.shim.call_count(RING, 0) != seen:
+            seen = node.shim.call_count(RING, 0)
+            asked.append(passed_s)
+    return asked
+
+
+def test_a_ring_that_works_again_is_used_again_after_a_minute(simulate: NodeFactory) -> None:
+    faults = [Fault.error(RING, 999, gpu=0, from_s=20, to_s=40)]
+    node = simulate(Device(power=Square(100, 600, 1.3)), Device(power=Constant(200)), faults=faults).begin()
+    joules: list[float] = []
+    sources: list[str | None] = []
+    with structlog.testing.capture_logs() as logs:
+        for second in range(150):
+            node.run(1)
+            joules.append(node.gpu(0).energy_joules)
+            sources.append(node.gpu(0).energy_source)
+            assert second < 30 or ready(node).ready
+            assert second < 30 or node.gpu(0).clock_hertz
+    assert np.all(np.diff(joules) >= 0)
+    fell_s, back_s = sources.index("energy_counter"), len(sources) - sources[::-1].index("energy_counter")
+    assert 24 <= fell_s <= 28
+    assert back_s - fell_s == pytest.approx(60, abs=1)
+    assert set(sources[back_s:]) == {"power_ring"}
+    [back] = [line for line in logs if line["event"] == "energy sensor is back"]
+    assert (back["energy_source_before"], back["energy_source"]) == ("energy_counter", "power_ring")
+    assert len(logs) == 3, "a line each for the fall, the sensor found at once and the way back"
+    end_ns = node.gpu(0).timeline_end_ns
+    assert end_ns is not None
+    assert check_energy(node, 0, START_NS, end_ns) == pytest.approx(0, abs=0.01)
+    # From before the climb to after it, and by the ring alone.
+    assert check_energy(node, 0, end_ns - 100 * NS, end_ns - 40 * NS) == pytest.approx(0, abs=0.01)
+    assert check_energy(node, 0, end_ns - 40 * NS, end_ns) == pytest.approx(0, abs=0.01)
+    assert node.gpu(0).agreement_ratio == pytest.approx(1, abs=0.01)
+    assert node.gpu(1).gap_seconds == 0
+
+
+def test_the_climb_itself_leaves_no_gap(simulate: NodeFactory) -> None:
+    faults = [Fault.error(call, 999, from_s=20, to_s=40) for call in (RING, COUNTER)]
+    node = simulate(Device(power=Square(100, 600, 1.3)), faults=faults).begin()
+    node.run(60)
+    fallen = node.gpu()
+    assert fallen.energy_source == "power_polling"
+    node.run(40)
+    device = node.gpu()
+    assert device.energy_source == "power_ring"
+    assert device.gap_seconds == fallen.gap_seconds
+    node.run(20)
+    assert node.gpu().agreement_ratio == pytest.approx(1, abs=0.01), "the counter is back as well"
+
+
+def test_gpus_that_fell_together_climb_one_after_the_other(simulate: NodeFactory) -> None:
+    faults = [Fault.error(call, 999, gpu=gpu, from_s=20, to_s=40) for call in (RING, COUNTER) for gpu in range(7)]
+    node = simulate(*[Device(power=Constant(300)) for _ in range(8)], faults=faults).begin()
+    node.run(60)
+    fallen = [node.gpu(gpu) for gpu in range(8)]
+    assert [device.energy_source for device in fallen] == ["power_polling"] * 7 + ["power_ring"]
+    back: list[int] = []
+    for _ in range(50):
+        node.run(1)
+        back.append(sum(device.energy_source == "power_ring" for device in node.sampler.snapshot.devices) - 1)
+    assert back[-1] == 7
+    assert np.diff(back).max() == 1
+    assert [node.gpu(gpu).gap_seconds for gpu in range(8)] == [device.gap_seconds for device in fallen]
+
+
+def test_a_sensor_that_stays_away_is_tried_ever_less_often(simulate: NodeFactory) -> None:
+    faults = [Fault.error(call, 999, from_s=20) for call in (RING, COUNTER)]
+    node = simulate(faults=faults).begin(Intervals(activity=60, state=60, health=60, polling=1.0))
+    node.run(30)
+    assert node.gpu().energy_source == "power_polling"
+    with structlog.testing.capture_logs() as logs:
+        asked = ring_reads(node, 4 * 3600, 10)
+    assert logs == []
+    # A minute after the fall, then twice as long each time, up to an hour.
+    assert np.diff(asked).tolist() == pytest.approx([120, 240, 480, 960, 1920, 3600, 3600], abs=10)
+    assert node.gpu().status is DeviceStatus.OK
+    errors = node.sampler.snapshot.sampler.call_errors
+    assert errors[RING, "UNKNOWN"] >= len(asked)
+
+
+def test_a_sensor_that_comes_and_goes_is_used_no_more_often_than_it_is_tried(simulate: NodeFactory) -> None:
+    """Falls at 25, 225 and 5,000 s: the second time it is trusted later, after more than an hour as at first."""
+    faults = [Fault.error(RING, 999, from_s=from_s, to_s=from_s + 20) for from_s in (20, 220, 5000)]
+    node = simulate(Device(power=Constant(300)), faults=faults).begin(Intervals(activity=30, state=5, health=60))
+    falls: list[int] = []
+    climbs: list[int] = []
+    source = "power_ring"
+    for second in range(5200):
+        node.run(1)
+        now = node.gpu().energy_source
+        assert now is not None
+        if now != source:
+            (climbs if now == "power_ring" else falls).append(second)
+        source = now
+    assert len(falls) == 3
+    assert np.subtract(climbs, falls).tolist() == pytest.approx([60, 120, 60], abs=1)
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    assert check_energy(node, 0, end_ns - 800 * NS, end_ns) == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("device", "faults"),
+    [
+        (Device("a100"), []),
+        (Device("pascal", power=Constant(55)), []),
+        (Device(features={"ring": "off"}), []),
+        (Device(features={"ring": "depth:119,period_ms:1000"}), []),
+        (Device(), [Fault.error(RING, 3)]),
+        # Fails at first, and is then refused for good when it is tried again.
+        (Device(), [Fault.error(RING, 999, to_s=30), Fault.error(RING, 3, from_s=30)]),
+    ],
+)
+def test_a_gpu_that_never_had_a_ring_is_not_bothered(
+    simulate: NodeFactory, device: Device, faults: Sequence[Fault]
+) -> None:
+    node = simulate(device, faults=faults).begin(Intervals(activity=10, state=10, polling=0.5))
+    node.run(90)
+    before = [node.shim.call_count(call, 0) for call in (RING, "nvmlDeviceGetHandleByUUID")]
+    node.run(600)
+    assert [node.shim.call_count(call, 0) for call in (RING, "nvmlDeviceGetHandleByUUID")] == before
+
+
+@pytest.mark.parametrize(
+    ("profile", "calls", "at_start", "later"),
+    [
+        ("h200", [RING], "energy_counter", "power_ring"),
+        ("h200", [RING, COUNTER], "power_polling", "power_ring"),
+        ("h200", [RING, COUNTER, FIELDS, "nvmlDeviceGetPowerUsage"], None, "power_ring"),
+        ("a100", [COUNTER], "power_polling", "energy_counter"),
+        ("t4", [COUNTER, FIELDS, "nvmlDeviceGetPowerUsage"], None, "energy_counter"),
+    ],
+)
+def test_a_sensor_that_fails_while_tried_at_start_is_used_when_it_works(
+    simulate: NodeFactory, profile: str, calls: Sequence[str], at_start: str | None, later: str
+) -> None:
+    faults = [Fault.error(call, 999, to_s=30) for call in calls]
+    node = simulate(Device(profile, power=Constant(60)), faults=faults).begin()
+    node.run(50)
+    assert node.gpu().energy_source == at_start
+    node.run(50)
+    device = node.gpu()
+    assert (device.status, device.problem, device.energy_source) == (DeviceStatus.OK, "", later)
+    assert ready(node).ready
+    assert device.timeline_end_ns is not None
+    assert check_energy(node, 0, device.timeline_end_ns - 9 * NS, device.timeline_end_ns) == pytest.approx(0, abs=0.01)
+
+
+def test_a_counter_that_fails_at_start_checks_the_ring_when_it_works(simulate: NodeFactory) -> None:
+    node = simulate(Device(power=Square(100, 600, 1.3)), faults=[Fault.error(COUNTER, 999, to_s=30)]).begin()
+    node.run(50)
+    assert (node.gpu().energy_source, node.gpu().agreement_ratio) == ("power_ring", None)
+    node.run(50)
+    device = node.gpu()
+    assert device.agreement_ratio == pytest.approx(1, abs=0.01)
+    assert device.gap_seconds == 0
+    # The counter is asked for what a gap holds.
+    node.shim.advance(8)
+    node.run(10)
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    assert node.gpu().gap_seconds > 0
+    assert check_energy(node, 0, end_ns - 18 * NS, end_ns) == pytest.approx(0, abs=0.03)
+
+
+def test_a_counter_that_stood_still_is_believed_again_when_it_moves(simulate: NodeFactory) -> None:
+    still = Fault.garbage(COUNTER, value=1_000_123_456, from_s=20, to_s=50)
+    node = simulate(Device("a100", power=Constant(200)), faults=[still]).begin()
+    node.run(40)
+    assert node.gpu().energy_source == "power_polling"
+    node.run(60)
+    assert node.gpu().energy_source == "energy_counter"
+    end_ns = node.gpu().timeline_end_ns
+    assert end_ns is not None
+    assert check_energy(node, 0, START_NS + NS, end_ns) == pytest.approx(0, abs=0.02)
+
+
+def test_a_try_that_hangs_names_the_call_and_goes_on_when_it_returns(simulate: NodeFactory, tmp_path: Path) -> None:
+    control = tmp_path / "control"
+    faults = [Fault.error(RING, 999, gpu=0, from_s=20, to_s=40)]
+    node = simulate(Device(power=Constant(300)), Device(), faults=faults, control=control).begin()
+    node.run(60)
+    before = node.gpu(0)
+    assert before.energy_source == "energy_counter"
+    write_control(control, [Fault.hang(RING, gpu=0)])
+    node.shim.poll_control()
+    running = threading.Thread(target=node.run, args=(60,))
+    running.start()
+    deadline = time.monotonic() + 10
+    while node.sampler.overdue_call != f"{RING} on GPU 0":
+        assert time.monotonic() < deadline, "the ring was never tried"
+        time.sleep(0.01)
+    # What was known can be seen; nobody waits for the driver.
+    stuck = node.gpu(0)
+    assert (stuck.status, stuck.energy_source) == (DeviceStatus.OK, "energy_counter")
+    assert stuck.energy_joules > before.energy_joules
+    assert node.sampler.window(stuck.info.uuid, START_NS, node.clock.now_ns()) is not None
+    write_control(control)
+    running.join(10)
+    assert not running.is_alive()
+    assert node.gpu(0).energy_source == "power_ring"
 
 
 # ---- time ----

@@ -102,6 +102,8 @@ class Meter:
         has_counter: bool = True,
     ) -> None:
         self.source = source
+        self.has_counter = has_counter
+        """Whether the hardware counter can be asked for what a gap in the ring holds."""
         self.timeline: Timeline | None = None
         self.counter_joules: float | None = None
         self.agreement_ratio: float | None = None
@@ -110,7 +112,6 @@ class Meter:
         self.rejected_samples = 0
         self.counter_resets = 0
         self._limit_watts = limit_watts or ASSUMED_LIMIT_WATTS
-        self._has_counter = has_counter
         self._instant = instant_model(architecture, instant_update_ns)
         self._averaged = source is EnergySource.POWER_AVERAGE
         self._time_errors: tuple[_TimeError, ...] = (_TimeError(0, self.time_error_ns),)
@@ -128,6 +129,8 @@ class Meter:
         self._suspect: CounterReading | None = None
         self._anchors: deque[CounterReading] = deque(maxlen=CROSS_CHECK_SPAN)
         self._unchecked: CounterReading | None = None
+        # The last one that the timeline reached before its source changed: what came since fills the gap.
+        self._before_change: CounterReading | None = None
         # The counter as the source: its newest change, the reads since then that showed none, the power meanwhile.
         self._tick: CounterReading | None = None
         self._silent_reads = 0
@@ -208,6 +211,7 @@ class Meter:
         self._ring_before_ns = self._ring_period_ns = 0
         self._polled = self._tick = None
         self._shape.clear()
+        self._before_change = next((a for a in reversed(self._anchors) if a.t_ns <= (self.end_ns or 0)), None)
         self._forget_comparison()
 
     def flush(self) -> None:
@@ -269,7 +273,7 @@ class Meter:
         self._ring_has_gap = len(gaps) > 0
         if self._ring_has_gap:
             waited_ns = self._ring_ends[-1] - self._ring_ends[gaps[0]]
-            if final or not self._has_counter or waited_ns > GUESS_LONGEST_NS:
+            if final or not self.has_counter or waited_ns > GUESS_LONGEST_NS:
                 self._fill_gaps(None)
         held_back = 0 if final else 1
         self._append_run(int(gaps[0]) if self._ring_has_gap else len(self._ring_ends) - held_back)
@@ -436,7 +440,7 @@ class Meter:
 
     def _forget_counter(self) -> None:
         """Begin a new epoch: no reading so far compares with those to come."""
-        self._counter = self._suspect = self._tick = None
+        self._counter = self._suspect = self._tick = self._before_change = None
         self._forget_comparison()
 
     def _forget_comparison(self) -> None:
@@ -502,15 +506,43 @@ class Meter:
         self.timeline.extend(ends, shares * joules, atomic=True)
 
     def _begin_ticks(self, reading: CounterReading) -> None:
-        """Start an epoch of the counter at a reading; what passed since the timeline's end goes by the power seen."""
+        """Start an epoch of the counter at a reading.
+
+        What passed since the timeline's end goes by what the counter has risen, or else by the power seen.
+        """
         start_ns = _seen_ns(reading)
         if self.timeline is None:
             self.timeline = Timeline(start_ns)
         elif start_ns > self.timeline.end_ns:
-            self.gap_seconds += (start_ns - self.timeline.end_ns) / NS
-            self._extend_blind(start_ns, self.power_watts or 0.0)
+            seconds = (start_ns - self.timeline.end_ns) / NS
+            self.gap_seconds += seconds
+            measured = self._joules_to(reading, seconds)
+            if measured is None:
+                self._extend_blind(start_ns, self.power_watts or 0.0)
+            else:
+                joules, error = measured
+                most = max(0.0, self._limit_watts * seconds - joules)
+                self.timeline.extend([start_ns], [joules], below=[min(error, joules)], above=[min(error, most)])
+        self._before_change = None
         self._ahead_joules = self.timeline.joules - self.timeline.energy_at(start_ns)
         self._tick, self._silent_reads = reading, 0
+
+    def _joules_to(self, reading: CounterReading, seconds: float) -> tuple[float, float] | None:
+        """Return the energy from the timeline's end to a reading and its error, joules; None when it does not tell."""
+        before, timeline = self._before_change, self.timeline
+        if timeline is None or before is None or _oldest_ns(before) < timeline.start_ns:
+            return None
+        known = self.window(_seen_ns(before), timeline.end_ns)
+        if known is None:
+            return None
+        joules = (reading.energy_mj - before.energy_mj) / 1e3 - known.joules
+        # What either reading may be early or late, and what the source before may be off.
+        error = timeline.energy_at(before.t_ns) - timeline.energy_at(_oldest_ns(before))
+        error += max(self.power_watts or 0.0, joules / seconds) * (reading.t_ns - _oldest_ns(reading)) / 2 / NS
+        error += max(known.high - known.joules, known.joules - known.low)
+        if joules < -error:
+            return None
+        return min(max(joules, 0.0), self._limit_watts * seconds), error
 
     def _shape_between(self, start_ns: int, end_ns: int) -> tuple[Int64s, Float64s]:
         """Return ends and shares (sum 1) of the power values that stand for (start_ns, end_ns]."""
@@ -528,7 +560,7 @@ class Meter:
     def _abandon_counter(self) -> None:
         """Stop trusting a counter that stands still under load: 0 J would be a lie. What was seen meanwhile counts."""
         seen, averaged = list(self._shape), self._averaged
-        self._has_counter = False
+        self.has_counter = False
         self.change_source(EnergySource.POWER_AVERAGE if averaged else EnergySource.POWER_POLLING)
         for t_ns, milliwatts in seen:
             self._integrate(t_ns, milliwatts)
@@ -547,7 +579,7 @@ class Meter:
         """Take in the driver's power values: the source itself on rungs 3 and 4, the shape on rung 2."""
         if self.source is EnergySource.POWER_RING:
             return
-        if self.source is EnergySource.ENERGY_COUNTER and self.power_watts is None:
+        if self.source is EnergySource.ENERGY_COUNTER and not self._shape:
             # Older drivers have the average only.
             self._averaged = reading.instant_mw is None
         milliwatts = reading.average_mw if self._averaged else reading.instant_mw

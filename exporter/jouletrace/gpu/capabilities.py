@@ -31,6 +31,8 @@ RING_MOST_INTERVAL_S = 0.05
 RING_LEAST_SAMPLES = 20
 BURST_SECONDS = 0.6
 BURST_POLL_SECONDS = 0.002
+COUNTER_TELLS_SECONDS = 0.2
+"""Two ticks of the counter: one that did not move within them stands still; within less, nobody knows."""
 COUNTER_READ_SECONDS = 0.015
 """A counter read costs 2-5 ms on an H200: one device at a time, and not in every round of the burst."""
 LEAST_CHANGES = 4
@@ -39,6 +41,13 @@ COMB_FIT = 0.85
 COMB_CANDIDATES = 1500
 """0.2 % apart from 5 to 120 ms."""
 ACTIVITY = "activity"
+LADDER: Mapping[Sensor, EnergySource] = {
+    Sensor.POWER_RING: EnergySource.POWER_RING,
+    Sensor.ENERGY_COUNTER: EnergySource.ENERGY_COUNTER,
+    Sensor.POWER_INSTANT: EnergySource.POWER_POLLING,
+    Sensor.POWER_AVERAGE: EnergySource.POWER_AVERAGE,
+}
+"""The sensor ladder, best first: by sensor the rung that it carries."""
 
 Reading = TypeVar("Reading")
 
@@ -57,10 +66,18 @@ class Capabilities:
     """Median cost of one read by sensor, seconds."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """By sensor or signal: why it is not there, in the driver's words."""
+    failing: frozenset[Sensor] = frozenset()
+    """Those missing sensors that may work another time: reading them failed, or took too long to tell. What the driver
+    refuses, a ring too coarse and a counter that stands still are what the device is like."""
     ring: PowerSamples | None = None
     """What the ring held when it was tried: the timeline begins with it."""
     lost: GpuError | None = None
     """Why the device cannot be read at all; then nothing else is known of it."""
+
+    @property
+    def sensors(self) -> frozenset[Sensor]:
+        """The sensors that work."""
+        return frozenset() if self.lost is not None else frozenset(Sensor) - self.missing.keys()
 
 
 class _Watch:
@@ -73,6 +90,7 @@ class _Watch:
         self.has_instant = self.has_average = False
         self.last_power: PowerReading | None = None
         self.counters: list[CounterReading] = []
+        self.counter_tried_ns: int | None = None
         self.costs: dict[str, list[int]] = {}
         self.missing: dict[str, str] = {}
         self.failures: dict[str, str] = {}
@@ -97,6 +115,28 @@ class _Watch:
             self.costs.setdefault(sensor, []).append(clock.now_ns() - started_ns)
             return reading
         return None
+
+
+def better_than(source: EnergySource | None) -> list[Sensor]:
+    """Return the sensors of the rungs above a source, best first; of all rungs for None."""
+    return list(itertools.takewhile(lambda sensor: LADDER[sensor] is not source, LADDER))
+
+
+def answers(device: Device, sensor: Sensor) -> bool:
+    """Return whether one reading of a sensor looks usable, which costs far less than `probe`. Raises GpuError.
+
+    The ring must not have been read through this handle within the last second: too few samples tell nothing.
+    """
+    match sensor:
+        case Sensor.POWER_RING:
+            return _usable(device.power_ring())
+        case Sensor.ENERGY_COUNTER:
+            device.energy_counter()
+            return True
+        case Sensor.POWER_INSTANT:
+            return device.power().instant_mw is not None
+        case Sensor.POWER_AVERAGE:
+            return device.power().average_mw is not None
 
 
 def probe(devices: Sequence[Device], clock: Clock, wake: threading.Event) -> list[Capabilities]:
@@ -157,8 +197,10 @@ def _watch_power(watch: _Watch, clock: Clock) -> None:
 
 
 def _watch_counter(watch: _Watch, clock: Clock) -> None:
-    if watch.counters and clock.now_ns() - watch.counters[-1].t_ns < COUNTER_READ_SECONDS * 1e9:
+    tried_ns, now_ns = watch.counter_tried_ns, clock.now_ns()
+    if tried_ns is not None and now_ns - tried_ns < COUNTER_READ_SECONDS * 1e9:
         return
+    watch.counter_tried_ns = now_ns
     reading = watch.read(Sensor.ENERGY_COUNTER, watch.device.energy_counter, clock)
     if reading is not None:
         watch.counters.append(reading)
@@ -204,14 +246,8 @@ def _judge(watch: _Watch) -> Capabilities:
         missing[Sensor.POWER_INSTANT] = problem
     if not watch.has_average:
         missing[Sensor.POWER_AVERAGE] = problem
-    ladder = {
-        Sensor.POWER_RING: EnergySource.POWER_RING,
-        Sensor.ENERGY_COUNTER: EnergySource.ENERGY_COUNTER,
-        Sensor.POWER_INSTANT: EnergySource.POWER_POLLING,
-        Sensor.POWER_AVERAGE: EnergySource.POWER_AVERAGE,
-    }
     return Capabilities(
-        energy_source=next((source for sensor, source in ladder.items() if sensor not in missing), None),
+        energy_source=next((source for sensor, source in LADDER.items() if sensor not in missing), None),
         has_counter=Sensor.ENERGY_COUNTER not in missing,
         # A failure may pass; a tier that goes on failing is dealt with by the sampler.
         has_activity=ACTIVITY not in watch.missing,
@@ -220,8 +256,23 @@ def _judge(watch: _Watch) -> Capabilities:
             sensor: float(np.median(watch.costs[sensor])) / 1e9 for sensor in Sensor if sensor in watch.costs
         },
         missing=missing,
+        failing=_failing(watch),
         ring=watch.ring,
     )
+
+
+def _failing(watch: _Watch) -> frozenset[Sensor]:
+    """Return the sensors whose reads failed, or were too few to tell."""
+    failing = set()
+    if watch.ring is None:
+        failing.add(Sensor.POWER_RING)
+    counters = watch.counters
+    moved = len(counters) > 1 and counters[-1].energy_mj > counters[0].energy_mj
+    if not moved and (not counters or counters[-1].t_ns - counters[0].t_ns < COUNTER_TELLS_SECONDS * 1e9):
+        failing.add(Sensor.ENERGY_COUNTER)
+    if watch.last_power is None and Sensor.POWER_INSTANT not in watch.missing:
+        failing |= {Sensor.POWER_INSTANT, Sensor.POWER_AVERAGE}
+    return frozenset(failing - watch.missing.keys())
 
 
 def advice(info: DeviceInfo, capabilities: Capabilities) -> list[str]:

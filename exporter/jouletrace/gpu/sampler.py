@@ -19,13 +19,14 @@ import structlog
 from jouletrace.energy.baseline import Baseline, IdleKind, IdleLevel, holds_context, work_watts
 from jouletrace.energy.meter import EnergySource, Meter
 from jouletrace.energy.timeline import Timeline, WindowEnergy
-from jouletrace.gpu.capabilities import Capabilities, advice, probe
+from jouletrace.gpu.capabilities import LADDER, Capabilities, advice, answers, better_than, probe
 from jouletrace.gpu.graphics import LOOK_SECONDS, GraphicsPace
 from jouletrace.gpu.readings import (
     ActivityReading,
     Device,
     DeviceInfo,
     DeviceLostError,
+    DriverGoneError,
     DriverMismatchError,
     Float64s,
     GpuError,
@@ -73,6 +74,14 @@ NOT_READY = 27
 """nvmlReturn_t of a device that has come back and gives no power yet."""
 RETURN = "return"
 """The task that tries to get a lost device back."""
+CLIMB_FIRST_SECONDS = 60.0
+"""A sensor that has come back is back for good after a minute, or fails again; meanwhile the next one measures."""
+CLIMB_MOST_SECONDS = 3600.0
+"""Longest wait between two tries to get a better sensor back; one that was back for this long is trusted again."""
+CLIMB_APART_SECONDS = 2.0
+"""Time between such tries of two devices: one that works takes 0.6 s, and every ring is to be read in between."""
+CLIMB = "climb"
+"""The task that tries to get a device back to a better energy sensor."""
 ENERGY_TIERS = frozenset(
     {
         ("ring", EnergySource.POWER_RING),
@@ -199,6 +208,12 @@ class _DeviceAccount:
         self.idle_from_ns: int | None = None
         """Up to here the baseline has been shown the energy."""
         self.retry_seconds = RETRY_FIRST_SECONDS
+        self.proven_sensors: frozenset[Sensor] = frozenset()
+        """Those that have ever worked."""
+        self.climb_seconds = CLIMB_FIRST_SECONDS
+        """How long to wait before the next try to get a better sensor back."""
+        self.whole_since_ns: int | None = None
+        """Since when no sensor is missed; None while one is."""
         self.refusals: dict[str, int] = {}
         self.baseline = Baseline(dict(levels))
         self.dram_bytes: float | None = None
@@ -217,25 +232,42 @@ class _DeviceAccount:
 
     def adopt(self, device: Device, capabilities: Capabilities) -> None:
         """Take a device's (new) handle; what was read before is not valid any more, what was counted is."""
-        self.device = device
-        self.capabilities = capabilities
         self.power: PowerReading | None = None
         self.state: StateReading | None = None
         self.health: HealthReading | None = None
         self.listing: tuple[int, Sequence[ProcessReading] | None] | None = None
         """When the processes were last listed by themselves, and who they were."""
         self.activity: ActivityReading | None = None
-        self.graphics_pace = GraphicsPace()
         self.activities.clear()
         self.states.clear()
         self.failing.clear()
+        self.measure_through(device, capabilities)
+
+    def measure_through(self, device: Device, capabilities: Capabilities) -> None:
+        """Go on with another handle and the best sensor that was found through it."""
+        self.device = device
+        self.capabilities = capabilities
+        self.proven_sensors |= capabilities.sensors
+        self.graphics_pace = GraphicsPace()
         self.refusals.clear()
         if self.meter is None:
             self.meter = self._new_meter()
         elif capabilities.energy_source is not None:
             self.meter.change_source(capabilities.energy_source)
+            self.meter.has_counter = capabilities.has_counter
         if self.meter is not None and capabilities.ring is not None:
             self.meter.add_ring(capabilities.ring)
+
+    def missed_sensors(self) -> list[Sensor]:
+        """Return the sensors worth trying again, best first: better than the one in use, and the counter to check by.
+
+        That is those that have ever worked, and those that failed when they were tried last without being refused.
+        """
+        wanted = set(better_than(self.meter.source if self.meter else None))
+        if not self.capabilities.has_counter:
+            wanted.add(Sensor.ENERGY_COUNTER)
+        wanted &= self.proven_sensors | self.capabilities.failing
+        return [sensor for sensor in LADDER if sensor in wanted]
 
     def forget(self, tier: str) -> None:
         """Let go of what a tier has read: it is not true any more, and absent is better than old."""
@@ -632,6 +664,25 @@ class Sampler:
             due_ns = tick_now_ns + later_ns - later_ns % tick_ns
             self._tasks.append(_Task(due_ns, next(self._order), name, account, interval, run).row)
         heapq.heapify(self._tasks)
+        self._plan_climb(account)
+
+    def _plan_climb(self, account: _DeviceAccount) -> None:
+        """Plan the next try to get a better sensor back in place of what was planned, where one is missed."""
+        now_ns, whole_since_ns = self.source.clock.now_ns(), account.whole_since_ns
+        if not account.missed_sensors():
+            account.whole_since_ns = now_ns if whole_since_ns is None else whole_since_ns
+            return
+        account.whole_since_ns = None
+        if whole_since_ns is not None and now_ns - whole_since_ns >= CLIMB_MOST_SECONDS * NS:
+            account.climb_seconds = CLIMB_FIRST_SECONDS
+        self._tasks = [row for row in self._tasks if row[2].account is not account or row[2].name != CLIMB]
+        heapq.heapify(self._tasks)
+        due_ns, apart_ns = now_ns + int(account.climb_seconds * NS), int(CLIMB_APART_SECONDS * NS)
+        others_ns = [row[0] for row in self._tasks if row[2].name == CLIMB]
+        while any(abs(due_ns - other_ns) < apart_ns for other_ns in others_ns):
+            due_ns += apart_ns
+        task = _Task(due_ns, next(self._order), CLIMB, account, lambda: account.climb_seconds, self._climb)
+        heapq.heappush(self._tasks, task.row)
 
     def _forget_tasks(self, account: _DeviceAccount) -> None:
         self._tasks = [row for row in self._tasks if row[2].account is not account]
@@ -707,6 +758,9 @@ class Sampler:
         """Return whether a task that just ran is to run again."""
         if (task.account.status is DeviceStatus.LOST) != (task.name == RETURN):
             return False
+        if task.name == CLIMB:
+            # Each try plans the next one itself, where another is needed.
+            return False
         if task.name == "graphics" and not task.account.capabilities.has_activity:
             return False
         return task.account.refusals.get(task.name, 0) < REFUSALS_TO_STOP
@@ -723,6 +777,9 @@ class Sampler:
             ) from failure
         except GpuError as failure:
             self._note_error(failure)
+            if task.name == CLIMB:
+                # What is read meanwhile is none the worse; a device that is lost shows in that.
+                return False
             if task.name == RETURN:
                 return True
             account.forget(task.name)
@@ -732,6 +789,8 @@ class Sampler:
                 self._refused(account, task.name, failure)
             else:
                 self._failing(account, task.name, failure)
+            return True
+        if task.name == CLIMB:
             return True
         account.read_ns = self.source.clock.now_ns()
         account.refusals.pop(task.name, None)
@@ -764,8 +823,14 @@ class Sampler:
         heapq.heapify(self._tasks)
 
     def _read_counter(self, account: _DeviceAccount) -> None:
-        if account.meter is not None:
-            account.meter.add_counter(account.device.energy_counter())
+        meter = account.meter
+        if meter is None:
+            return
+        source = meter.source
+        meter.add_counter(account.device.energy_counter())
+        if meter.source is not source:
+            # A counter that stands still is left by the meter itself.
+            self._plan_climb(account)
 
     def _poll_power(self, account: _DeviceAccount) -> None:
         account.power = account.device.power()
@@ -883,6 +948,65 @@ class Sampler:
         source = str(account.meter.source) if account.meter else None
         self._recovered(account, "GPU is back", energy_source=source)
         self._plan_device(account, 0)
+
+    def _climb(self, account: _DeviceAccount) -> None:
+        """Try to get back to a better sensor, with growing patience, while the one in use goes on."""
+        account.climb_seconds = min(account.climb_seconds * 2, CLIMB_MOST_SECONDS)
+        try:
+            found = self._find_better(account)
+        finally:
+            self._plan_climb(account)
+        if found is None:
+            return
+        before = str(account.meter.source) if account.meter else None
+        device, capabilities = found
+        account.measure_through(device, capabilities)
+        account.problem = ""
+        info = device.info
+        self._log.info(
+            "energy sensor is back",
+            gpu=info.gpu,
+            uuid=info.uuid,
+            energy_source=str(capabilities.energy_source),
+            energy_source_before=before,
+        )
+        self._plan_device(account, 0)
+
+    def _find_better(self, account: _DeviceAccount) -> tuple[Device, Capabilities] | None:
+        """Return a handle through which a missed sensor works; None without any. Raises GpuError.
+
+        A single reading comes first: while it fails, all of this costs 5 ms, where `probe` takes 0.6 s.
+        """
+        uuid, missed = account.device.info.uuid, account.missed_sensors()
+        device = self.source.reopen_device(uuid)
+        if not any(self._answers(account, device, sensor) for sensor in missed):
+            return None
+        # Through a fresh handle, so that the timeline goes on with all that the ring holds.
+        device = self.source.reopen_device(uuid)
+        [capabilities] = probe([device], self.source.clock, self._stop)
+        # This burst is not what sampling costs: the governor begins a new span after it.
+        self._governed_at = None
+        if capabilities.lost is not None:
+            raise capabilities.lost
+        in_use = better_than(account.meter.source if account.meter else None)
+        is_worse = len(better_than(capabilities.energy_source)) > len(in_use)
+        if is_worse or capabilities.sensors.isdisjoint(missed):
+            account.capabilities = replace(account.capabilities, failing=capabilities.failing)
+            return None
+        return device, capabilities
+
+    def _answers(self, account: _DeviceAccount, device: Device, sensor: Sensor) -> bool:
+        """Return whether a missed sensor answers; one that is refused and never worked is not missed any more."""
+        try:
+            return answers(device, sensor)
+        except (DeviceLostError, DriverGoneError, DriverMismatchError):
+            raise
+        except GpuError as failure:
+            self._note_error(failure)
+            if isinstance(failure, UnsupportedError):
+                failing = account.capabilities.failing - {sensor}
+                account.capabilities = replace(account.capabilities, failing=failing)
+            return False
 
     def _fails(self, account: _DeviceAccount, event: str, failure: GpuError, **fields: str | None) -> None:
         """Log that a device begins to fail, in whatever way; the end of it is one line as well."""
