@@ -1,7 +1,9 @@
 """Paths as container runtimes, the kubelet, systemd and SLURM write them (cgroup v1 and v2)."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,9 @@ ID = "3f4e8a0d9c1b2a7e6d5c4b3a29180f7e6d5c4b3a29180f7e6d5c4b3a29180f7e"
 OTHER = "a" * 64
 POD = "2c48913c-b29f-11e7-9350-020968147796"
 SLICE = POD.replace("-", "_")
+RECORDED = Path("tests/data/proc/recorded")
+"""Processes of real runtimes, and what these answered when asked about them; tests/data/proc/README.md."""
+ANSWERS: list[dict[str, Any]] = json.loads((RECORDED / "answers.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,29 @@ SLICE = POD.replace("-", "_")
 )
 def test_membership(text: str, expected: Membership) -> None:
     assert membership(text) == expected
+
+
+@pytest.mark.parametrize(
+    "said",
+    [said for said in ANSWERS if said["tree"] != "containerd-ctr-v1"],
+    ids=lambda said: f"{said['tree']}-{said['pid']}",
+)
+def test_a_recorded_process_is_where_its_runtime_says(said: dict[str, Any]) -> None:
+    found = membership_of(said["pid"], RECORDED / said["tree"])
+    answer = said["answer"]
+    assert (found.container_id, found.pod_uid, found.slurm_job) == tuple(
+        answer.get(key, "") for key in ("container_id", "pod_uid", "slurm_job")
+    )
+    # Runtimes do not say below which unit they run, as Podman does in its user's or in the one that called it.
+    if "unit" in answer:
+        assert found.unit == answer["unit"]
+
+
+def test_a_container_that_ctr_named_freely_has_no_id() -> None:
+    """Names such as `my-engine` in `/default/my-engine` are not told from any other group's."""
+    (said,) = [said for said in ANSWERS if said["tree"] == "containerd-ctr-v1"]
+    assert said["answer"]["container_id"] in (RECORDED / said["tree"] / str(said["pid"]) / "cgroup").read_text()
+    assert membership_of(said["pid"], RECORDED / said["tree"]) == Membership()
 
 
 def test_membership_of_a_process(tmp_path: Path) -> None:
