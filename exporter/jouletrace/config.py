@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,7 @@ def _is_numeric_address(family: socket.AddressFamily, text: str) -> bool:
 # --- how values are written ---
 
 
-class Form:
+class Form(ABC):
     """How the values of one kind are written, in YAML and as the text of a flag or a variable."""
 
     metavar = "TEXT"
@@ -199,17 +200,17 @@ class Form:
         """Return what YAML would hold for the text of a flag or variable; what it cannot read stays text."""
         return text
 
+    @abstractmethod
     def read(self, raw: object) -> object:
         """Return the value that YAML's `raw` stands for; raises `_RefusedError`."""
-        raise NotImplementedError
 
     def write(self, value: Any) -> object:
         """Return what YAML holds for `value`."""
         return value
 
+    @abstractmethod
     def allowed(self, meta: Meta) -> str:
         """Return in words which values are allowed; goes behind "write"."""
-        raise NotImplementedError
 
 
 class _Duration(Form):

@@ -1,10 +1,10 @@
 """What the views see: one frozen account of the node, made by the sampler, replaced as a whole."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from jouletrace.gpu.readings import DeviceInfo, Pipe, ProcessReading, Sensor, ThrottleReason
+from jouletrace.gpu.readings import DeviceInfo, Pipe, Sensor, ThrottleReason
 
 
 class DeviceStatus(StrEnum):
@@ -61,7 +61,6 @@ class DeviceSnapshot:
     utilization_ratio: Mapping[str, float] = field(default_factory=dict)
     xid_errors: Mapping[int, int] = field(default_factory=dict)
     ecc_errors: Mapping[str, int] = field(default_factory=dict)
-    processes: Sequence[ProcessReading] | None = None
 
 
 @dataclass(frozen=True, slots=True)

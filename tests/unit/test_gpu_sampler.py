@@ -312,7 +312,8 @@ def test_a_lost_gpu_is_dropped_and_picked_up_again(simulate: NodeFactory, *, sam
             if second == 30:
                 lost = node.gpu(0)
                 assert lost.status is DeviceStatus.LOST
-                assert (lost.power_watts, lost.clock_hertz, lost.processes) == (None, {}, None)
+                assert (lost.power_watts, lost.clock_hertz, lost.ecc_errors) == (None, {}, {})
+                assert other.ecc_errors
                 assert "GPU_IS_LOST" in ready(node).reasons[0]
                 assert len(ready(node).reasons) == 1
     assert np.all(np.diff(joules) >= 0), "a counter never goes down"
@@ -353,12 +354,12 @@ def test_one_reading_that_fails_for_good_costs_only_itself(simulate: NodeFactory
     node.begin(Intervals(health=5.0))
     with structlog.testing.capture_logs() as logs:
         node.run(15)
-        assert node.gpu().processes == ()
+        assert node.sampler.live_devices()[0].processes == ()
         node.run(100)
     assert [line["event"] for line in logs] == ["GPU read fails"]
     device = node.gpu()
     assert device.status is DeviceStatus.OK
-    assert device.processes is None
+    assert node.sampler.live_devices()[0].processes is None
     assert "health reads fail: nvmlDeviceGetComputeRunningProcesses_v3: UNKNOWN" in device.problem
     assert device.clock_hertz
     assert ready(node).ready

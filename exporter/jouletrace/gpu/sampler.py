@@ -451,7 +451,6 @@ class _DeviceAccount:
             utilization_ratio=state.utilization_ratio if state else {},
             xid_errors=dict(self.xid_errors),
             ecc_errors=health.ecc_errors if health else {},
-            processes=health.processes if health else None,
         )
 
     def _directions(self, transmit: Link, receive: Link) -> Mapping[str, float]:
